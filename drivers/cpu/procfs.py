@@ -1,0 +1,72 @@
+"""What /proc knows about OS processes: state, start time, children, private memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat after the name, see proc(5)
+
+
+def stat(os_pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat after the name; None when there is no such process."""
+    try:
+        text = Path(f"/proc/{os_pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return text[text.rindex(")") + 2 :].split()
+
+
+def started(os_pid: int) -> float:
+    """Clock ticks after boot at which the process began; -1 when it is gone."""
+    fields = stat(os_pid)
+    return float(fields[_START]) if fields and fields[_STATE] not in "ZX" else -1.0
+
+
+def is_stopped(os_pid: int) -> bool:
+    """Has every thread of the process stopped (or is the process gone)?"""
+    try:
+        tasks = os.listdir(f"/proc/{os_pid}/task")
+    except FileNotFoundError:
+        return True
+    for task in tasks:
+        try:
+            text = Path(f"/proc/{os_pid}/task/{task}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if text[text.rindex(")") + 2] not in "TtZX":
+            return False
+    return True
+
+
+def children(os_pid: int) -> list[int]:
+    """The process and all its descendants."""
+    found = [os_pid]
+    for pid in found:
+        try:
+            tasks = os.listdir(f"/proc/{pid}/task")
+        except FileNotFoundError:
+            continue
+        for task in tasks:
+            try:
+                text = Path(f"/proc/{pid}/task/{task}/children").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            found += [int(c) for c in text.split()]
+    return found
+
+
+def private_bytes(os_pid: int) -> int:
+    """Private anonymous memory: what would come back if the process went.
+
+    Private_Dirty counts pages that only this process has and that no file backs. Pages shared
+    with the zygote since the fork, and mapped weight files, are not among them.
+    """
+    try:
+        text = Path(f"/proc/{os_pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return 0
+    wanted = ("Private_Dirty:", "Private_Hugetlb:", "Swap:")
+    return sum(
+        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(wanted)
+    )

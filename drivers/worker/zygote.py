@@ -1,0 +1,310 @@
+"""The zygote: a process with everything imported that forks workers in milliseconds.
+
+    python -P -m llmos.drivers.worker.zygote SOCKET
+
+A plain blocking loop: no asyncio, one OS thread, and it never computes (a child of a parent
+that ran a two-thread matmul hangs for ever, since the OpenMP threads are not there after the
+fork). It listens on a socket that the kernel dials, so it outlives a kernel and is adopted by
+the next. It is the parent of the workers: it reaps them and writes each exit status to the
+worker's folder before it tells anybody.
+
+Messages (frames of kernel/wire.py). From the kernel:
+    fork   worker_id, folder, log, cwd, env, cores, home      -> forked os_pid | failed error
+    plan   ticket, entry, args                                -> planned segments | error
+    end                                                       the zygote exits
+To the kernel: ready, forked, failed, exited (worker_id, status), planned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmos.kernel.errors import LlmosError
+from llmos.kernel.wire import Unpacker, pack
+
+# With no kernel and no child for this long nobody will ever ask again.
+LONELY_S = 60.0
+
+# One thread each: `import numpy` alone starts OpenBLAS threads, and a fork copies only the
+# thread that forks. Workers raise the number for themselves after the fork.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+PRELOADED = (
+    "torch",
+    "numpy",
+    "safetensors.torch",
+    "tokenizers",
+    "transformers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation.utils",
+    "accelerate",
+    "peft",
+    "llmos.drivers.worker.main",
+)
+
+
+class Zygote:
+    def __init__(self, path: str) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self.listener.bind(path)
+        os.chmod(path, 0o600)
+        self.listener.listen(2)
+        self.path = path
+        self.kernel: socket.socket | None = None
+        self.unpacker = Unpacker()
+        self.workers: dict[int, tuple[str, Path]] = {}  # os_pid -> worker_id, folder
+        self.plans: dict[int, tuple[int, int, bytearray]] = {}  # pipe -> ticket, os_pid, bytes
+        self.lonely_since = time.monotonic()
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        os.set_blocking(self.wake_write, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+
+    def serve(self) -> None:
+        """Until told to end, or left alone for good."""
+        while True:
+            watched: list[Any] = [self.listener, self.wake_read, *self.plans]
+            if self.kernel is not None:
+                watched.append(self.kernel)
+            ready, _, _ = select.select(watched, [], [], LONELY_S)
+            for source in ready:
+                if source is self.listener:
+                    self.meet()
+                elif source is self.kernel:
+                    if not self.listen_to_kernel():
+                        return
+                elif source in self.plans:
+                    self.read_plan(source)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.wake_read, 4096)
+            self.reap()
+            if self.kernel is not None or self.workers:
+                self.lonely_since = time.monotonic()
+            elif time.monotonic() - self.lonely_since > LONELY_S:
+                return
+
+    def meet(self) -> None:
+        """A kernel dials. The newest one is the one that counts."""
+        connection, _ = self.listener.accept()
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        uid = int.from_bytes(credentials[4:8], sys.byteorder)
+        if uid != os.getuid():
+            connection.close()
+            return
+        if self.kernel is not None:
+            self.kernel.close()
+        self.kernel, self.unpacker = connection, Unpacker()
+        self.tell({"k": "ready", "os_pid": os.getpid(), "threads": len(os.listdir("/proc/self/task"))})
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """To the kernel, if there is one. What must not be lost lies on disk."""
+        if self.kernel is None:
+            return
+        try:
+            self.kernel.sendall(pack(message))
+        except OSError:
+            self.kernel.close()
+            self.kernel = None
+
+    def listen_to_kernel(self) -> bool:
+        """Read what came; False when it was `end`."""
+        assert self.kernel is not None
+        try:
+            data = self.kernel.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            self.kernel.close()
+            self.kernel = None
+            return True
+        for message in self.unpacker.feed(data):
+            if message["k"] == "fork":
+                self.fork_worker(message)
+            elif message["k"] == "plan":
+                self.fork_plan(message)
+            elif message["k"] == "end":
+                return False
+        return True
+
+    def fork_worker(self, order: dict[str, Any]) -> None:
+        """Bind the worker's socket first: whoever is told of the fork can dial at once."""
+        folder = Path(order["folder"])
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            listener = socket.socket(socket.AF_UNIX)
+            address = str(folder / "sock")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address)
+            listener.bind(address)
+            os.chmod(address, 0o600)
+            listener.listen(4)
+            os_pid = os.fork()
+        except OSError as exc:
+            self.tell({"k": "failed", "worker_id": order["worker_id"], "error": str(exc)})
+            return
+        if os_pid == 0:
+            self.become_worker(order, listener)
+        listener.close()
+        self.workers[os_pid] = (order["worker_id"], folder)
+        self.tell({"k": "forked", "worker_id": order["worker_id"], "os_pid": os_pid})
+
+    def become_worker(self, order: dict[str, Any], listener: socket.socket) -> NoReturn:
+        status = 70  # what a shell calls an internal software error
+        try:
+            self.leave_parent(keep=listener.fileno())
+            settle(order)
+            main = importlib.import_module("llmos.drivers.worker.main")
+            status = main.main(order, listener)
+        finally:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            # Not sys.exit: the parent's exit handlers and buffers are not this process's.
+            os._exit(status)
+
+    def fork_plan(self, order: dict[str, Any]) -> None:
+        read, write = os.pipe()
+        os_pid = os.fork()
+        if os_pid == 0:
+            try:
+                self.leave_parent(keep=write)
+                answer = plan(order)
+                with os.fdopen(write, "wb") as out:
+                    out.write(pack(answer))
+            finally:
+                os._exit(0)
+        os.close(write)
+        self.plans[read] = (order["ticket"], os_pid, bytearray())
+
+    def read_plan(self, pipe: int) -> None:
+        ticket, os_pid, collected = self.plans[pipe]
+        data = os.read(pipe, 1 << 16)
+        if data:
+            collected += data
+            return
+        os.close(pipe)
+        del self.plans[pipe]
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(os_pid, 0)
+        answers = list(Unpacker().feed(bytes(collected))) if collected else []
+        if not answers:
+            error = {"code": "worker-lost", "message": "the planner died", "hint": ""}
+            answers = [{"error": error}]
+        self.tell({"k": "planned", "ticket": ticket, **answers[0]})
+
+    def reap(self) -> None:
+        """Collect dead workers: the status goes to disk, then to the kernel."""
+        for os_pid in list(self.workers):
+            try:
+                found, raw = os.waitpid(os_pid, os.WNOHANG)
+            except ChildProcessError:
+                found, raw = os_pid, 0
+            if not found:
+                continue
+            worker_id, folder = self.workers.pop(os_pid)
+            code = os.waitstatus_to_exitcode(raw)
+            status = code if code >= 0 else 128 - code
+            write_exit(folder, status)
+            self.tell({"k": "exited", "worker_id": worker_id, "status": status})
+
+    def leave_parent(self, keep: int) -> None:
+        """In a child: nothing of the zygote's sockets, pipes and signals stays."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        limit = 3 + max(int(n) for n in os.listdir("/proc/self/fd"))
+        os.closerange(3, keep)
+        os.closerange(keep + 1, limit)
+
+
+def write_exit(folder: Path, status: int) -> None:
+    """Leave the exit status where a later kernel finds it. A torn file must not be seen."""
+    with contextlib.suppress(OSError):
+        aside = folder / ".exit"
+        aside.write_text(json.dumps({"status": status}))
+        aside.rename(folder / "exit")
+
+
+def settle(order: dict[str, Any]) -> None:
+    """Make the forked child an OS process of its own: session, folder, log, environment, cores."""
+    os.setsid()
+    # Sessions are scheduling groups where autogroup is on: nice alone does nothing between
+    # them. 0 is the middle; the kernel is what decides among workers.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text("0")
+    os.environ.update(order.get("env") or {})
+    with contextlib.suppress(OSError):
+        os.chdir(order.get("cwd") or order["home"])
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    null = os.open("/dev/null", os.O_RDONLY)
+    for target, source in ((0, null), (1, log), (2, log)):
+        os.dup2(source, target)
+    os.close(log)
+    os.close(null)
+    if order.get("cores"):
+        os.sched_setaffinity(0, order["cores"])
+
+
+def plan(order: dict[str, Any]) -> dict[str, Any]:
+    """Run a program's plan -> {"segments"} or {"error"}."""
+    from llmos.drivers.worker.programs import build_args, load_program
+
+    try:
+        program = load_program(order["entry"])
+        footprint = program.plan(build_args(program, order["args"]))
+    except LlmosError as exc:
+        return {"error": exc.to_wire()}
+    except Exception as exc:  # noqa: BLE001  a plugin's plan may raise anything; its caller is told
+        import traceback
+
+        traceback.print_exc()
+        text = f"planning failed: {type(exc).__name__}: {exc}".splitlines()[0]
+        return {"error": LlmosError(text, "the zygote's log has the whole story").to_wire()}
+    return {"segments": footprint.to_wire()}
+
+
+def preload() -> None:
+    for name in PRELOADED:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    # What is alive now lives for ever: the collector must not touch (and so copy) its pages.
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> None:
+    for name in THREAD_VARIABLES:
+        os.environ[name] = "1"
+    preload()
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        print(f"zygote: {threads} OS threads after preloading; forks may hang", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    zygote = Zygote(sys.argv[1])
+    try:
+        zygote.serve()
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(zygote.path)
+
+
+if __name__ == "__main__":
+    main()

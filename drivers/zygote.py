@@ -1,0 +1,123 @@
+"""The kernel's end of a zygote: start or adopt one, have it fork workers and plans."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmos.drivers.worker.zygote import THREAD_VARIABLES
+from llmos.kernel.wire import Unpacker, pack
+
+# Importing torch, transformers and peft takes 3-5 s on a warm machine, 10 s on a cold one.
+START_LIMIT_S = 120.0
+
+
+class Zygote(asyncio.Protocol):
+    """`told` gets forked, failed, exited and planned. Orders wait until it is ready."""
+
+    def __init__(self, home: Path, told: Callable[[dict[str, Any]], None]) -> None:
+        self.path = home / "zygote.sock"
+        self.log = home / "zygote.log"
+        self.state = "starting"
+        self.os_pid = 0
+        self._told = told
+        self._unpacker = Unpacker()
+        self._transport: asyncio.Transport | None = None
+        self._waiting: list[bytes] = []
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    def open(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._come_up())
+
+    async def close(self) -> None:
+        """End the zygote; its workers are gone by now, or become orphans of the kernel."""
+        self._closing = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._transport is not None:
+            self._transport.write(pack({"k": "end"}))
+            self._transport.close()
+        if self._process is not None:
+            if self.state != "ready":
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._process.wait()
+        self.state = "ended"
+
+    def send(self, message: dict[str, Any]) -> None:
+        frame = pack(message)
+        if self._transport is not None and self.state == "ready":
+            self._transport.write(frame)
+        else:
+            self._waiting.append(frame)
+
+    async def _come_up(self) -> None:
+        """Dial the zygote of an earlier kernel, else start one and dial that."""
+        if await self._dial():
+            return
+        await self._start()
+        pause, waited = 0.01, 0.0
+        while not await self._dial():
+            if self._process is not None and self._process.returncode is not None:
+                self.state = "failed"
+                self._told({"k": "down", "why": f"see {self.log}"})
+                return
+            if waited > START_LIMIT_S:
+                self.state = "failed"
+                self._told({"k": "down", "why": f"it did not start in {START_LIMIT_S:.0f} s"})
+                return
+            await asyncio.sleep(pause)
+            waited, pause = waited + pause, min(pause * 1.5, 0.05)
+
+    async def _dial(self) -> bool:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.create_unix_connection(lambda: self, str(self.path))
+        except OSError:
+            return False
+        return True
+
+    async def _start(self) -> None:
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1")}
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "llmos.drivers.worker.zygote", str(self.path),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                start_new_session=True, cwd="/",
+            )  # fmt: skip
+        self.os_pid = self._process.pid
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._unpacker.feed(data):
+            if message["k"] == "ready":
+                self.state, self.os_pid = "ready", message["os_pid"]
+                assert self._transport is not None
+                for frame in self._waiting:
+                    self._transport.write(frame)
+                self._waiting.clear()
+            self._told(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._unpacker = Unpacker()
+        if not self._closing and self.state == "ready":
+            # It died. Its workers live on and are the kernel's children now (it is their
+            # subreaper); the next fork needs a new one.
+            self.state = "starting"
+            self._task = asyncio.get_running_loop().create_task(self._come_up())

@@ -1,0 +1,76 @@
+"""Check a program's arguments against its schema in the manifest, and fill in the defaults.
+
+Knows only data: names, types, limits. What is in the files is for the program's plan to say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from llmos.kernel.errors import BadArgument
+
+_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false",
+          "list": "a list of texts"}  # fmt: skip
+
+
+def check(
+    schema: dict[str, Any],
+    given: dict[str, Any],
+    cwd: str,
+    resolve_model: Callable[[str], str],
+) -> dict[str, Any]:
+    """-> all arguments of the program. Raises BadArgument with the flag's name."""
+    fields = {f["name"]: f for f in schema["args"]}
+    for name in given:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {flag(near[0])}?" if near else f"`llmos {schema['name']} --help`"
+            raise BadArgument(f"{schema['name']} has no argument {flag(name)}", hint)
+    checked = {}
+    for name, f in fields.items():
+        if name not in given:
+            if f["required"]:
+                raise BadArgument(f"{schema['name']} needs {_called(f)}: {f['help']}")
+            checked[name] = f["default"]
+        else:
+            checked[name] = _value(f, given[name])
+        value = checked[name]
+        if isinstance(value, str) and value:
+            if f.get("model"):
+                checked[name] = resolve_model(value)
+            elif f.get("path"):
+                checked[name] = os.path.normpath(os.path.join(cwd or "/", value))
+    return checked
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _called(f: dict[str, Any]) -> str:
+    return f["name"].upper() if f.get("positional") else flag(f["name"])
+
+
+def _value(f: dict[str, Any], value: Any) -> Any:
+    kind = f["type"].rstrip("?")
+    if value is None and f["type"].endswith("?"):
+        return None
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    expected = {"str": str, "int": int, "float": float, "bool": bool, "list": list}[kind]
+    if not isinstance(value, expected) or (kind == "int" and isinstance(value, bool)):
+        raise BadArgument(f"{_called(f)} is {_WORDS[kind]}, not {value!r}"[:300])
+    choices = f.get("choices")
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        raise BadArgument(f"{_called(f)} is one of {', '.join(choices)}, not {value!r}", hint)
+    low, high = f.get("minimum"), f.get("maximum")
+    if low is not None and value < low:
+        raise BadArgument(f"{_called(f)} is at least {low:g}, not {value:g}")
+    if high is not None and value > high:
+        raise BadArgument(f"{_called(f)} is at most {high:g}, not {value:g}")
+    return value

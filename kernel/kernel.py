@@ -1,0 +1,464 @@
+"""The kernel: the core with its clock, its drivers and its disk. Orders are carried out here.
+
+Everything runs in one asyncio loop; nothing here blocks but opening small files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from llmos.drivers.base import DeviceInfo, Driver, DriverEvent, WorkerSpec
+from llmos.kernel import events as ev
+from llmos.kernel.calls import Calls
+from llmos.kernel.config import Config
+from llmos.kernel.core import Core
+from llmos.kernel.errors import LlmosError, TimedOut, from_wire
+from llmos.kernel.home import Home
+from llmos.kernel.journal import Journal
+from llmos.kernel.ledger import SYSTEM_PID
+from llmos.kernel.messages import Inbox
+from llmos.kernel.process import Process, Role, State
+from llmos.kernel.streams import Growth
+
+# How many decisions the record keeps for `top`, `explain` and the demo.
+RECORDS = 20_000
+
+# A service answers within the caller's limit; a worker ends within this after being told to.
+DRAIN_S = 60.0
+MANIFEST_S = 60.0
+
+
+class Kernel:
+    def __init__(self, config: Config, home: Home, drivers: dict[str, Any]) -> None:
+        self.config, self.home = config, home
+        self.started = time.time()
+        self._clock_zero = self.started - time.monotonic()
+        self.core = Core(self.now())
+        self.journal = Journal(home.journal)
+        self.drivers: dict[str, Driver] = drivers
+        self.host: Any = drivers["host"]
+        self.devices: dict[str, tuple[DeviceInfo, Driver]] = {}
+        self.worker_rows: dict[int, dict[str, Any]] = {}  # pid -> what adoption needs
+        self.records: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECORDS)
+        self.record_seq = 0
+        self.growth = Growth()
+        self.manifest: dict[str, Any] = {}
+        self.manifest_ready = asyncio.Event()
+        self.stopping = asyncio.Event()
+        self.next_pid = 1
+        self.service_pids: dict[str, int] = {}
+        self.services_started = asyncio.Event()
+        self.clients: set[Any] = set()
+        self.inbox = Inbox(self)
+        self.calls = Calls(self)
+        self._changed: dict[int, list[asyncio.Future[None]]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._tickets = 0
+        self.plans: dict[int, asyncio.Future[list[dict[str, Any]]]] = {}
+        self.planning: dict[int, asyncio.Task[None]] = {}  # engines that are being planned
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._executors = _executors(self)
+        self._loop = asyncio.get_running_loop()
+
+    def now(self) -> float:
+        """Epoch seconds that never go back, whatever is done to the machine's clock."""
+        return self._clock_zero + time.monotonic()
+
+    # ---- up and down ----
+
+    async def open(self) -> None:
+        """Devices into the books, processes of an earlier kernel into the table."""
+        for driver in self.drivers.values():
+            for info in driver.devices():
+                self.devices[info.name] = (info, driver)
+                self.core.add_device(info.name, info.kind, info.capacity_bytes)
+        self._restore(self.journal.open())
+
+    def _restore(self, rows: list[tuple[Process, dict[str, Any]]]) -> None:
+        # Engines first: then a guest finds its own.
+        for proc, worker in sorted(rows, key=lambda r: (r[0].role is not Role.ENGINE, r[0].pid)):
+            self.next_pid = max(self.next_pid, proc.pid + 1)
+            self.core.restore(proc)
+            if proc.live and worker:
+                self.worker_rows[proc.pid] = worker
+
+    async def bring_up(self) -> None:
+        """What may take longer than the socket: drivers, adoption, services, the manifest."""
+        for driver in self.drivers.values():
+            await driver.open(self._tell, self.home.path, self.home.id)
+        self._adopt()
+        self.spawn(self._make_manifest())
+        self.spawn(self._measure_for_ever())
+        await self.manifest_ready.wait()
+        self._revive_engines()
+        self.carry_out(self.core.resume_all(self.now()))
+        for name, service in sorted(self.manifest.get("services", {}).items()):
+            self.start_service(name, service["entry"])
+        self.services_started.set()
+
+    def _adopt(self) -> None:
+        """Dial the workers that may have outlived an earlier kernel."""
+        for pid, row in list(self.worker_rows.items()):
+            proc = self.core.m.procs[pid]
+            if row["device"] not in self.devices:
+                continue
+            guests = {g.pid for g in self.core.m.guests_of(pid)}
+            self.core.adopt(pid, row["worker_id"], row["device"], guests)
+            spec = self._spec(proc, row["worker_id"], row["device"])
+            self.devices[row["device"]][1].adopt(spec, row["os_pid"], row["started"])
+
+    def _revive_engines(self) -> None:
+        """Guests that were promised an answer need an engine again."""
+        for guest in list(self.core.m.procs.values()):
+            if guest.role is not Role.GUEST or not guest.live:
+                continue
+            if self.core.m.engine_of(guest) is not None and guest.engine_key in self.core.m.engines:
+                continue
+            if guest.attached:
+                self.post(ev.KillAsked(guest.pid, 1))
+                continue
+            schema = self.manifest["programs"].get(guest.program)
+            if schema is not None:
+                self.spawn(self._revive_engine(guest, schema))
+
+    async def _revive_engine(self, guest: Process, schema: dict[str, Any]) -> None:
+        engine = self.make_engine(schema, guest, guest.uid)
+        self.core.m.enter(engine)
+        self.core.m.enter(guest)
+        engine.move(State.PLANNING, f"made for process {guest.pid}", self.now())
+        try:
+            segments = await self.plan(schema_of(self, engine.program), engine)
+            self.post(ev.Planned(engine.pid, segments))
+        except LlmosError:
+            self.post(ev.PlanFailed(engine.pid, "its model cannot be planned any more"))
+
+    async def drain(self) -> dict[str, int]:
+        """Stop all workers at a safepoint; those that do not end in time are killed."""
+        before = len([w for w in self.core.m.workers.values() if w.device])
+        self.post(ev.ShutdownAsked())
+        deadline = self._loop.time() + DRAIN_S
+        while self.core.m.workers:
+            if self._loop.time() > deadline:
+                for worker in self.core.m.workers.values():
+                    self._driver_of(worker.worker_id).signal(worker.worker_id, 9)
+                deadline += DRAIN_S
+            await self.growth.wait(SYSTEM_PID, 0.2)
+        saved = [p for p in self.core.m.procs.values() if p.live and p.checkpoint]
+        await self.journal.flushed()
+        return {"stopped": before, "checkpoints": len(saved)}
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for driver in self.drivers.values():
+            await driver.close()
+        self.journal.close()
+
+    # ---- the loop of events and orders ----
+
+    def post(self, event: ev.Event) -> None:
+        """Hand an event to the core and carry out what it orders. May raise LlmosError."""
+        try:
+            orders = self.core.handle(event, self.now())
+        except LlmosError:
+            self.carry_out(self.core.handle(ev.Clock(), self.now()))
+            raise
+        self.carry_out(orders)
+
+    def carry_out(self, orders: list[ev.Order]) -> None:
+        for order in orders:
+            self._executors[type(order)](order)
+
+    def _tell(self, event: DriverEvent) -> None:
+        self.inbox.take(event)
+
+    async def changed(self, pid: int, until: Callable[[Process], bool], limit_s: float | None) -> Process:
+        """Wait until `until(process)` holds. TimedOut after `limit_s`."""
+        proc = self.core.m.find(pid)
+        try:
+            async with asyncio.timeout(limit_s):
+                while not until(proc):
+                    future = self._loop.create_future()
+                    self._changed.setdefault(pid, []).append(future)
+                    await future
+        except TimeoutError:
+            raise TimedOut(f"process {pid} is still {proc.state} after {limit_s:g} s") from None
+        return proc
+
+    def wake(self, pid: int) -> None:
+        for future in self._changed.pop(pid, ()):
+            if not future.done():
+                future.set_result(None)
+        self.growth.grown(pid)
+        self.growth.grown(SYSTEM_PID)
+
+    def wake_at(self, at: float) -> None:
+        """One timer, for the earliest moment that the core wants to be asked again."""
+        if self._timer is not None and self._timer_at <= at and not self._timer.cancelled():
+            if self._timer.when() > self._loop.time():
+                return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        delay = max(0.0, at - self.now())
+        self._timer = self._loop.call_later(delay, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.post(ev.Clock())
+
+    def spawn(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = self._loop.create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._loop.call_exception_handler(
+                {"message": "a task of the kernel failed", "exception": task.exception()}
+            )
+
+    # ---- processes ----
+
+    def take_pid(self) -> int:
+        pid = self.next_pid
+        self.next_pid += 1
+        return pid
+
+    def make_engine(self, schema: dict[str, Any], guest: Process, uid: int) -> Process:
+        """The process that hosts a guest: its program and arguments follow from the guest's."""
+        engine_schema = schema_of(self, schema["engine"])
+        args = {f["name"]: f["default"] for f in engine_schema["args"]}
+        args |= {name: guest.args[name] for name in schema["engine_args"] if name in guest.args}
+        return Process(
+            pid=self.take_pid(), program=schema["engine"], args=args, user=user_name(uid), uid=uid,
+            submitted_at=self.now(), name=os.path.basename(str(args.get("model", ""))),
+            role=Role.ENGINE, device_wanted=guest.device_wanted, engine_key=guest.engine_key,
+            cls=guest.cls, cwd=guest.cwd,
+        )  # fmt: skip
+
+    def start_service(self, name: str, entry: str) -> None:
+        proc = Process(
+            pid=self.take_pid(), program="service", args={"service": name, "entry": entry},
+            user=user_name(os.getuid()), uid=os.getuid(), submitted_at=self.now(), name=name,
+            role=Role.SERVICE, restart="always",
+        )  # fmt: skip
+        self.service_pids[name] = proc.pid
+        self.post(ev.Submitted(proc))
+        self.post(ev.Planned(proc.pid, []))
+
+    async def plan(self, schema: dict[str, Any], proc: Process) -> list[dict[str, Any]]:
+        """Have a driver's planner predict the footprint. Raises what the program raised."""
+        device = proc.device_wanted or next(iter(self.devices))
+        self._tickets += 1
+        ticket = self._tickets
+        future: asyncio.Future[list[dict[str, Any]]] = self._loop.create_future()
+        self.plans[ticket] = future
+        self.devices[device][1].plan(ticket, schema["entry"], proc.args)
+        try:
+            return await future
+        finally:
+            self.plans.pop(ticket, None)
+
+    def planned(self, ticket: int, segments: list[dict[str, Any]] | None, error: Any) -> None:
+        future = self.plans.get(ticket)
+        if future is None or future.done():
+            return
+        if error is not None:
+            future.set_exception(from_wire(error))
+        else:
+            future.set_result(segments or [])
+
+    def _spec(self, proc: Process, worker_id: str, device: str) -> WorkerSpec:
+        work = self.home.work(proc.pid)
+        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        service = ""
+        if proc.role is Role.SERVICE:
+            service = f"{proc.args['service']}={proc.args['entry']}"
+        return WorkerSpec(
+            worker_id, device, self.home.worker(worker_id), work / "log", self.home.path,
+            proc.cwd, proc.env, service,
+        )  # fmt: skip
+
+    def _driver_of(self, worker_id: str) -> Driver:
+        device = self.core.m.workers[worker_id].device
+        driver: Driver = self.devices[device][1] if device else self.host
+        return driver
+
+    # ---- in the background ----
+
+    async def _make_manifest(self) -> None:
+        """Read the cached manifest at once, have it checked, read it again if it was made."""
+        with contextlib.suppress(OSError, ValueError):
+            self.manifest = json.loads(self.home.manifest.read_text())
+            self.manifest_ready.set()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "llmos.services.manifest", str(self.home.manifest),
+            stdout=asyncio.subprocess.PIPE, cwd="/",
+        )  # fmt: skip
+        out, _ = await process.communicate()
+        if process.returncode == 0 and out.strip() == b"made":
+            self.manifest = json.loads(self.home.manifest.read_text())
+        for text in self.manifest.get("errors", []):
+            log(f"plugin left out: {text}")
+        self.manifest_ready.set()
+
+    async def _measure_for_ever(self) -> None:
+        while True:
+            await self.measure()
+            await asyncio.sleep(self.config.measure_s)
+
+    async def measure(self) -> None:
+        """One pass over the memory of every device."""
+        system = [os.getpid(), *self.host.os_pids()]
+        services = await self.host.measure("", [])
+        for name, (_, driver) in self.devices.items():
+            sample = await driver.measure(name, system)
+            pid_of = {w.worker_id: w.pid for w in self.core.m.workers.values()}
+            found = {**sample.workers, **services.workers}
+            by_pid = {pid_of[w]: n for w, n in found.items() if w in pid_of}
+            if name == next(iter(self.devices)):
+                by_pid[SYSTEM_PID] = sample.system_bytes
+            self.post(ev.Measured(name, by_pid, sample.available_bytes, sample.foreign_bytes))
+
+    def record(self, what: str, pid: int, why: str, by: int) -> None:
+        self.record_seq += 1
+        self.records.append(
+            {"seq": self.record_seq, "at": self.now(), "what": what, "pid": pid, "why": why,
+             "by": by or None}
+        )  # fmt: skip
+
+    def shown(self, proc: Process) -> dict[str, Any]:
+        """A process as `ps` shows it: a guest has the worker of its engine."""
+        row = proc.to_wire()
+        if proc.role is Role.GUEST and proc.live:
+            engine = self.core.m.engine_of(proc)
+            row["worker_id"] = engine.worker_id or None if engine is not None else None
+        row["log"] = str(self.home.work(proc.pid) / "log")
+        return row
+
+    def hang_up(self, pid: int) -> None:
+        """The client that an attached process belonged to is gone."""
+        proc = self.core.m.procs.get(pid)
+        if proc is not None and proc.live and not self.core.m.shutting_down:
+            self.post(ev.KillAsked(pid, 1))
+
+    def report(self, exc: BaseException | None) -> None:
+        """A bug of ours: into the log, with everything."""
+        if exc is not None:
+            log("".join(traceback.format_exception(exc)))
+
+    def clean_worker(self, worker_id: str) -> None:
+        shutil.rmtree(self.home.worker(worker_id), ignore_errors=True)
+
+
+def schema_of(kernel: Kernel, program: str) -> dict[str, Any]:
+    schema: dict[str, Any] = kernel.manifest["programs"][program]
+    return schema
+
+
+def user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def log(text: str) -> None:
+    """A line in kernel.log (the kernel's stderr)."""
+    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    sys.stderr.flush()
+
+
+def _executors(k: Kernel) -> dict[type[Any], Callable[[Any], None]]:
+    """How each order is carried out."""
+
+    def start(o: ev.StartWorker) -> None:
+        proc = k.core.m.procs[o.pid]
+        k._driver_of(o.worker_id).start(k._spec(proc, o.worker_id, o.device))
+
+    def load(o: ev.Load) -> None:
+        proc = k.core.m.procs[o.pid]
+        info, driver = k.devices[proc.device]
+        driver.send(
+            o.worker_id,
+            {"k": "load", "pid": proc.pid, "program": proc.program, "args": proc.args,
+             "entry": schema_of(k, proc.program)["entry"], "work": str(k.home.work(proc.pid)),
+             "home": str(k.home.path), "device": info.torch_device,
+             "threads": int(proc.args.get("threads") or 0) or info.lanes},
+        )  # fmt: skip
+
+    def admit(o: ev.Admit) -> None:
+        guest = k.core.m.procs[o.pid]
+        work = k.home.work(o.pid)
+        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        k._driver_of(o.worker_id).send(
+            o.worker_id,
+            {"k": "admit", "pid": o.pid, "program": guest.program, "args": guest.args,
+             "rank": list(guest.rank()), "sent": 0, "parked": guest.state is State.PAUSED,
+             "work": str(work)},
+        )  # fmt: skip
+
+    def rank(o: ev.Rank) -> None:
+        message = {"k": "rank", "pid": o.pid, "rank": list(k.core.m.procs[o.pid].rank())}
+        k._driver_of(o.worker_id).send(o.worker_id, {**message, "parked": o.parked})
+
+    def save(o: ev.Save) -> None:
+        proc = k.core.m.procs[o.pid]
+        # An attached generation is known to its engine and its client only; a service is
+        # made anew at each boot.
+        if proc.role is Role.SERVICE or (proc.role is Role.GUEST and proc.attached and proc.live):
+            return
+        k.journal.save(proc, k.worker_rows.get(proc.pid, {}))
+
+    def forget(o: ev.Forget) -> None:
+        k.journal.forget(o.pid)
+        shutil.rmtree(k.home.work(o.pid), ignore_errors=True)
+        k.wake(o.pid)
+
+    def to(o: Any, message: dict[str, Any]) -> None:
+        k._driver_of(o.worker_id).send(o.worker_id, message)
+
+    return {
+        ev.StartWorker: start,
+        ev.Load: load,
+        ev.Grant: lambda o: k._driver_of(o.worker_id).grant(o.worker_id, o.floor),
+        ev.Hold: lambda o: k._driver_of(o.worker_id).hold(o.worker_id),
+        ev.Stop: lambda o: to(o, {"k": "stop"}),
+        ev.Signal: lambda o: k._driver_of(o.worker_id).signal(o.worker_id, o.signal),
+        ev.AskCheckpoint: lambda o: to(o, {"k": "checkpoint"}),
+        ev.Admit: admit,
+        ev.Drop: lambda o: to(o, {"k": "drop", "pid": o.pid}),
+        ev.Rank: rank,
+        ev.Forward: lambda o: to(o, {"k": "input", "pid": o.pid, "message": o.message}),
+        ev.Save: save,
+        ev.Forget: forget,
+        ev.Changed: lambda o: k.wake(o.pid),
+        ev.WakeAt: lambda o: k.wake_at(o.at),
+        ev.Record: lambda o: k.record(o.what, o.pid, o.why, o.by),
+    }
+
+
+def result_of(work: Path) -> dict[str, Any] | None:
+    """What a program left as its last words, if it came that far."""
+    try:
+        found: dict[str, Any] = json.loads((work / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found

@@ -1,0 +1,34 @@
+"""`attach`: stream a process's records, from any offset, to its end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from llmos.kernel import protocol
+from llmos.kernel.kernel import Kernel
+from llmos.kernel.connection import Connection
+from llmos.kernel.streams import read_records
+from llmos.kernel.syscalls.wait import outcome
+
+
+async def handle(
+    kernel: Kernel, request: protocol.Attach, client: Connection
+) -> AsyncIterator[tuple[str, Any]]:
+    proc = kernel.core.m.find(request.pid)
+    path, offset = kernel.home.work(proc.pid) / "stream", request.offset
+    while True:
+        # Asked before reading: what is written after the read is seen in the next round.
+        ended = not proc.live
+        records, offset = read_records(path, offset)
+        for after, record in records:
+            yield "item", {"offset": after, "record": record}
+        if records:
+            continue
+        if not request.follow:
+            yield "end", {"offset": offset}
+            return
+        if ended:
+            yield "end", outcome(proc)
+            return
+        await kernel.growth.wait(proc.pid)

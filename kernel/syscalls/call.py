@@ -1,0 +1,14 @@
+"""`call`: call a service by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmos.kernel import protocol
+from llmos.kernel.kernel import Kernel
+from llmos.kernel.connection import Connection
+
+
+async def handle(kernel: Kernel, request: protocol.Call, client: Connection) -> Any:
+    await kernel.services_started.wait()
+    return await kernel.calls.call(request.method, request.args, request.timeout_s)

@@ -1,0 +1,13 @@
+"""`events`: the kernel's own record of its decisions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmos.kernel import protocol
+from llmos.kernel.kernel import Kernel
+from llmos.kernel.connection import Connection
+
+
+def handle(kernel: Kernel, request: protocol.Events, client: Connection) -> list[dict[str, Any]]:
+    return [r for r in kernel.records if r["seq"] > request.since]

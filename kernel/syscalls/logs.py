@@ -1,0 +1,33 @@
+"""`logs`: stream what a process printed, as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from llmos.kernel import protocol
+from llmos.kernel.kernel import Kernel
+from llmos.kernel.connection import Connection
+from llmos.kernel.streams import read_bytes, tail_offset
+
+# A process prints without telling the kernel: a reader that follows looks this often.
+LOOK_S = 0.2
+
+
+async def handle(
+    kernel: Kernel, request: protocol.Logs, client: Connection
+) -> AsyncIterator[tuple[str, Any]]:
+    proc = kernel.core.m.find(request.pid)
+    path = kernel.home.work(proc.pid) / "log"
+    offset = tail_offset(path, request.tail) if request.tail >= 0 else request.offset
+    while True:
+        ended = not proc.live
+        data = read_bytes(path, offset)
+        if data:
+            offset += len(data)
+            yield "item", {"offset": offset, "data": data}
+        elif ended or not request.follow:
+            yield "end", {"offset": offset}
+            return
+        else:
+            await kernel.growth.wait(proc.pid, LOOK_S)

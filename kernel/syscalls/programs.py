@@ -1,0 +1,14 @@
+"""`programs`: the manifest, as soon as it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmos.kernel import protocol
+from llmos.kernel.kernel import Kernel
+from llmos.kernel.connection import Connection
+
+
+async def handle(kernel: Kernel, request: protocol.Programs, client: Connection) -> dict[str, Any]:
+    await kernel.manifest_ready.wait()
+    return kernel.manifest

@@ -1,0 +1,72 @@
+"""Frames: a 4-byte big-endian length, then one MessagePack value of that many bytes.
+
+Every socket of llmos speaks them: clients and kernel, kernel and zygote, kernel and
+workers, kernel and services. Knows nothing about what is inside.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+
+from llmos.kernel.errors import ProtocolError
+
+# A prompt of a million tokens fits; a frame that claims more is refused unread.
+MAX_FRAME_BYTES = 16 * 1024 * 1024
+
+_HEADER = struct.Struct(">I")
+_packb = msgpack.packb
+_unpackb = msgpack.unpackb
+
+
+def pack(value: Any) -> bytes:
+    """One frame, header included. Raises ProtocolError above MAX_FRAME_BYTES."""
+    body = _packb(value, use_bin_type=True)
+    if len(body) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a message of {len(body):,} bytes is above {MAX_FRAME_BYTES:,}")
+    return bytes(_HEADER.pack(len(body)) + body)
+
+
+def unpack(body: bytes | memoryview) -> Any:
+    """The value of one frame without its header; ProtocolError when it is not MessagePack."""
+    try:
+        return _unpackb(body, raw=False, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException) as exc:
+        raise ProtocolError(f"a frame is not MessagePack ({exc})") from None
+
+
+class Unpacker:
+    """Bytes as they arrive in, values out. Keeps at most one unfinished frame."""
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Yield each value that `data` completes. Raises ProtocolError on a bad frame."""
+        if not self._buffer:
+            # The common case, without a copy: the data is exactly one frame.
+            if len(data) >= 4 and len(data) == 4 + self._size(data, 0):
+                yield unpack(memoryview(data)[4:])
+                return
+        self._buffer += data
+        at = 0
+        while len(self._buffer) - at >= 4:
+            size = self._size(self._buffer, at)
+            if len(self._buffer) - at - 4 < size:
+                break
+            body = bytes(self._buffer[at + 4 : at + 4 + size])
+            at += 4 + size
+            yield unpack(body)
+        del self._buffer[:at]
+
+    @staticmethod
+    def _size(data: bytes | bytearray, at: int) -> int:
+        (size,) = _HEADER.unpack_from(data, at)
+        if size > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a frame claims {size:,} bytes; the limit is {MAX_FRAME_BYTES:,}")
+        return int(size)

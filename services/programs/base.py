@@ -1,0 +1,270 @@
+"""What a program is: the contract between a worker and the code that it runs.
+
+A program is a class found through the entry point group `llmos.programs`. Its module and
+its `Args` must import without torch (the manifest is made from them in milliseconds);
+torch is imported inside the methods, or in modules that the methods import.
+
+    class Spin(Program):
+        name = "spin"
+        summary = "Multiply matrices: a load for tests and benchmarks"
+
+        @dataclass(frozen=True)
+        class Args:
+            steps: int = arg(100, help="how many steps to run")
+
+        def load(self, ctx): ...
+        def step(self, ctx): return Report(step=1, total=self.args.steps) or Done()
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, get_type_hints
+
+# The kinds of memory that the books know.
+KINDS = ("weights", "gradients", "optimizer", "activations", "kv", "context", "system")
+
+
+def arg(
+    default: Any = MISSING,
+    *,
+    help: str,
+    metavar: str = "",
+    choices: tuple[str, ...] = (),
+    positional: bool = False,
+    path: bool = False,
+    model: bool = False,
+    output: bool = False,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A field of an argument schema.
+
+    Without a default the argument is required. `path`: a file or folder, made absolute by
+    the client. `model`: a registry name, a local path or a hub name; the
+    kernel puts the folder in its place. `output`: the name of a model that the run makes; the
+    kernel refuses one that exists unless the argument `overwrite` is set. `positional`: given
+    without a flag on the command line. `minimum`/`maximum` are inclusive.
+    """
+    meta = {
+        "help": help,
+        "metavar": metavar,
+        "choices": choices,
+        "positional": positional,
+        "path": path,
+        "model": model,
+        "output": output,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
+    if default is MISSING:
+        return field(metadata=meta)
+    if isinstance(default, list | dict):
+        made = default
+        return field(default_factory=lambda: type(made)(made), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some bytes of device memory, by kind. `shared` names a file whose mapping is counted once."""
+
+    kind: str
+    bytes: int
+    shared: str = ""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The predicted peak of a process on its device."""
+
+    segments: tuple[Segment, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(s.bytes for s in self.segments)
+
+    def to_wire(self) -> list[dict[str, Any]]:
+        return [{"kind": s.kind, "bytes": s.bytes, "shared": s.shared} for s in self.segments]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One step is done. `metrics` are plain floats; `total` is None when the end is not known.
+
+    `shares` is set by an engine: how much of this step each guest (by pid) caused, in tokens.
+    """
+
+    step: int
+    total: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    shares: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Done:
+    """The program has ended. `result` is shown by `wait` and `attach` (plain values only)."""
+
+    status: int = 0
+    reason: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Nothing to do until a message comes (an engine without a runnable guest)."""
+
+
+class Context(Protocol):
+    """What a worker offers to the program that runs in it."""
+
+    pid: int
+    home: Path  # the llmos home: models/ lies in it
+    work: Path  # a folder of this process alone
+    device: str  # for torch: "cpu", "cuda:0"
+    threads: int  # CPU threads that torch may use in this worker
+
+    def emit(self, kind: str, pid: int | None = None, **values: Any) -> None:
+        """Append a record to the process's stream: what `attach` and `run` show.
+
+        kinds: "text" (text=...), "note" (text=...: one line for the user), "progress"
+        (made by the worker from every Report), "sample" (path=... of a picture), "eval"
+        (metrics). `pid` names a guest; without it the record is this process's own.
+        """
+        ...
+
+    def guest_done(self, pid: int, done: Done) -> None:
+        """An engine's guest has ended."""
+        ...
+
+    def guest_idle(self, pid: int) -> None:
+        """An engine's guest waits for input (a chat between turns)."""
+        ...
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Call a service ("models.register"). Raises LlmosError. Not inside `step` of an engine."""
+        ...
+
+
+@dataclass
+class Guest:
+    """A process that runs in an engine. `rank` is (class, nice, order): smaller goes first."""
+
+    pid: int
+    program: str
+    args: dict[str, Any]
+    rank: tuple[int, int, int]
+    sent: int = 0  # records of its text that are already in its stream (after a restart)
+    parked: bool = False  # paused by a person: keeps its memory, gets no step
+
+
+class Program:
+    """Base of all programs. Subclasses set the class variables and `Args`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    examples: ClassVar[tuple[str, ...]] = ()
+    group: ClassVar[str] = "programs"  # the heading in `llmos help`
+    default_class: ClassVar[str] = "batch"
+    hidden: ClassVar[bool] = False  # not offered on the command line
+    # For a program whose processes are guests: the program that hosts them, and which of the
+    # guest's arguments the host is chosen and started by.
+    engine: ClassVar[str] = ""
+    engine_args: ClassVar[tuple[str, ...]] = ()
+    # What Ctrl-C on an attached run does: "detach" (it has checkpoints) or "kill".
+    on_interrupt: ClassVar[str] = "detach"
+    Guest: ClassVar[type[Guest]] = Guest  # what the worker hands to `admit`
+
+    @dataclass(frozen=True)
+    class Args:
+        pass
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+
+    @classmethod
+    def plan(cls, args: Any) -> Footprint:
+        """Predict the peak by kind and check the input files. Raises BadInput, BadArgument.
+
+        Runs in a short-lived child with torch at hand; uses the meta device, allocates nothing.
+        """
+        return Footprint()
+
+    def load(self, ctx: Context) -> None:
+        """Bring everything to the device, as at the first step."""
+
+    def step(self, ctx: Context) -> Report | Done | Idle:
+        """The smallest unit worth reporting. Between two calls the worker may checkpoint."""
+        raise NotImplementedError
+
+    # A program without a state of its own leaves `has_checkpoint` False.
+    has_checkpoint: ClassVar[bool] = False
+
+    def save(self, folder: Path) -> None:
+        """Write everything that `restore` needs into the empty `folder`: safetensors and JSON.
+
+        For a program that makes a model the folder is also a loadable model folder. The worker
+        gives a folder aside, syncs it, checksums it and renames it into place.
+        """
+
+    def restore(self, folder: Path) -> None:
+        """After `load`: go back to exactly the state that `save` wrote."""
+
+    # Only engines:
+    def admit(self, ctx: Context, guest: Guest) -> None:
+        """A guest arrives."""
+
+    def drop(self, ctx: Context, pid: int) -> None:
+        """A guest was killed: its memory is free at the next step."""
+
+    def rank(self, ctx: Context, pid: int, rank: tuple[int, int, int], parked: bool) -> None:
+        """A guest was reniced, paused (`parked`) or resumed."""
+
+    def message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
+        """Input for a guest (the next turn of a chat)."""
+
+    def floor(self, class_rank: int) -> None:
+        """Guests whose class is less urgent than this get no step until the next call."""
+
+
+def describe(cls: type[Program]) -> dict[str, Any]:
+    """The schema of a program as plain data, for the manifest."""
+    hints = get_type_hints(cls.Args)
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "examples": list(cls.examples),
+        "group": cls.group,
+        "default_class": cls.default_class,
+        "hidden": cls.hidden,
+        "engine": cls.engine,
+        "engine_args": list(cls.engine_args),
+        "on_interrupt": cls.on_interrupt,
+        "has_checkpoint": cls.has_checkpoint,
+        "args": [_describe_field(f, hints[f.name]) for f in fields(cls.Args)],
+    }
+
+
+def _describe_field(f: Any, hint: Any) -> dict[str, Any]:
+    made = f.default_factory() if f.default_factory is not MISSING else f.default
+    return {
+        "name": f.name,
+        "type": _type_name(hint),
+        "required": made is MISSING,
+        "default": None if made is MISSING else made,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in f.metadata.items()},
+    }
+
+
+_TYPES = {str: "str", int: "int", float: "float", bool: "bool", list[str]: "list"}
+
+
+def _type_name(hint: Any) -> str:
+    """One of str, int, float, bool, list; a `?` at the end where None is allowed."""
+    if hint in _TYPES:
+        return _TYPES[hint]
+    inner = [h for h in getattr(hint, "__args__", ()) if h is not type(None)]
+    if len(inner) == 1 and inner[0] in _TYPES:
+        return _TYPES[inner[0]] + "?"
+    raise TypeError(f"an argument schema knows str, int, float, bool, list[str], not {hint}")

@@ -1,0 +1,67 @@
+"""Engine: one language model in memory, and the guests (infer, chat) that it serves.
+
+Here are only its schema and its plan; the work is done in `engine_host`, which loads torch.
+Loading and unloading an engine are the kernel's decisions, and so is how long it is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmos.services.programs.base import Context, Footprint, Guest, Idle, Program, Report, arg
+
+if TYPE_CHECKING:
+    from llmos.services.programs.engine_host import Host
+
+
+class Engine(Program):
+    name = "engine"
+    summary = "Hold a language model in memory and serve its guests"
+    group = "system"
+    default_class = "interactive"
+    hidden = True
+    on_interrupt = "kill"
+
+    @dataclass(frozen=True)
+    class Args:
+        model: str = arg(help="registry name, folder or hub name", positional=True, model=True)
+        dtype: str = arg(
+            "auto", help="number format of the weights", choices=("auto", "float32", "bfloat16")
+        )
+        threads: int = arg(0, help="CPU threads; 0: as many as the kernel gives", minimum=0)
+        keep_alive_s: float = arg(
+            300.0, help="keep the model loaded so long after its last use; -1: for ever", minimum=-1
+        )
+
+    _host: Host
+
+    @classmethod
+    def plan(cls, args: Any) -> Footprint:
+        from llmos.services.programs.engine_plan import plan_engine
+
+        return plan_engine(args.model, args.dtype)
+
+    def load(self, ctx: Context) -> None:
+        from llmos.services.programs.engine_host import Host
+
+        threads = self.args.threads or ctx.threads
+        self._host = Host(self.args.model, self.args.dtype, ctx.device, threads)
+
+    def step(self, ctx: Context) -> Report | Idle:
+        return self._host.step(ctx)
+
+    def admit(self, ctx: Context, guest: Guest) -> None:
+        self._host.admit(ctx, guest)
+
+    def drop(self, ctx: Context, pid: int) -> None:
+        self._host.drop(pid)
+
+    def rank(self, ctx: Context, pid: int, rank: tuple[int, int, int], parked: bool) -> None:
+        self._host.rank(pid, rank, parked)
+
+    def message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
+        self._host.message(ctx, pid, message)
+
+    def floor(self, class_rank: int) -> None:
+        self._host.floor = class_rank

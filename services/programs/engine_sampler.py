@@ -1,0 +1,38 @@
+"""Choose the next token from the model's scores. It knows no model and no text.
+
+Greedy at temperature 0. Otherwise, in transformers' order: the scores are divided by the
+temperature, the `top_k` highest stay, of these the likeliest that together hold the
+probability `top_p` (Holtzman et al. 2020), and one is drawn.
+"""
+# ruff: noqa: TID253  (imported by the engine inside a worker only)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Sampler:
+    """A generator of its own for each guest: what others draw changes nothing here."""
+
+    def __init__(self, temperature: float, top_k: int, top_p: float, seed: int) -> None:
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        """The next token from `logits` of shape (vocabulary,)."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        scores = logits.float().cpu() / self.temperature
+        count = min(self.top_k or len(scores), len(scores))
+        # Sorted, the likeliest first: both cuts below are then cuts at the end.
+        scores, tokens = scores.topk(count) if count < len(scores) else scores.sort(descending=True)
+        shares = scores.softmax(0)
+        if self.top_p < 1:
+            # A token stays when those before it hold less than top_p; the first always stays.
+            before = shares.cumsum(0) - shares
+            shares = shares[: max(1, int((before < self.top_p).sum()))]
+        drawn = torch.multinomial(shares, 1, generator=self._generator)
+        return int(tokens[drawn])

@@ -1,0 +1,179 @@
+"""Gan: train a generator and a discriminator on images; the generator's samples can be watched.
+
+Here are its schema and the order of a run. The networks are in `gan_nets`, one update in
+`gan_train`, images and grids in `gan_pictures`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmos.services.programs.base import Context, Done, Footprint, Program, Report, arg
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from llmos.services.data.order import Order
+    from llmos.services.programs.gan_train import Trainer
+
+DEFAULT_STEPS = 2000
+GRID = 64  # images of a sample grid: 8 x 8
+
+# A grid about every ten seconds on two cores (10 steps/s at 28 x 28), but counted in steps and
+# pixels, so that a run and its repetition write the same grids.
+SAMPLE_PIXELS = 100 * 28 * 28
+
+METRICS_EVERY = 10  # reading a loss waits for the device
+
+
+class Gan(Program):
+    name = "gan"
+    summary = "Train a GAN on images, with a grid of samples while it runs"
+    examples = (
+        "llmos gan train-images-idx3-ubyte.gz --out digits --time-limit-s 180",
+        "llmos gan faces/ --out faces --steps 5000 -d",
+    )
+    group = "training"
+    has_checkpoint = True
+
+    @dataclass(frozen=True)
+    class Args:
+        data: str = arg(
+            help="idx file (also .gz), folder of PNG or JPEG, or .npz", positional=True, path=True
+        )
+        out: str = arg(help="name of the model that is made", metavar="NAME", output=True)
+        steps: int = arg(0, help=f"updates; 0: {DEFAULT_STEPS}, or until the time limit", minimum=0)
+        time_limit_s: float = arg(0.0, help="end after this much time in steps; 0: none", minimum=0)
+        batch: int = arg(64, help="images in an update", minimum=2)
+        latent: int = arg(64, help="numbers that the generator makes an image from", minimum=1)
+        width: int = arg(64, help="channels of the networks' largest maps", minimum=4, maximum=512)
+        lr: float = arg(5e-4, help="learning rate of both networks", minimum=0)
+        beta1: float = arg(0.5, help="Adam's memory of gradients", minimum=0, maximum=0.999)
+        seed: int = arg(0, help="the same seed gives the same run", minimum=0)
+        dtype: str = arg(
+            "auto", help="number format of computing", choices=("auto", "float32", "bfloat16")
+        )
+        sample_every: int = arg(0, help="steps between two grids; 0: about 10 s", minimum=0)
+        threads: int = arg(0, help="CPU threads; 0: as many as the kernel gives", minimum=0)
+        overwrite: bool = arg(False, help="replace a model of this name")
+
+    _images: npt.NDArray[np.uint8]
+    _trainer: Trainer
+    _order: Order
+    _fixed_noise: Tensor  # (GRID, latent): every grid shows the same points of the latent space
+
+    @classmethod
+    def plan(cls, args: Any) -> Footprint:
+        from llmos.services.programs.gan_plan import plan_gan
+
+        return plan_gan(args)
+
+    def load(self, ctx: Context) -> None:
+        import torch
+
+        from llmos.services.data.order import Order
+        from llmos.services.programs.gan_nets import Shape
+        from llmos.services.programs.gan_pictures import read_images
+        from llmos.services.programs.gan_train import Trainer, computes_in_half
+
+        args, self._ctx = self.args, ctx
+        torch.set_num_threads(args.threads or ctx.threads)
+        torch.manual_seed(args.seed)
+        self._images = read_images(Path(args.data))
+        count, channels, height, width = self._images.shape
+        self._order = Order(count, args.seed)
+        shape = Shape(channels, height, width, args.latent, args.width)
+        half = computes_in_half(args.dtype, ctx.device)
+        self._trainer = Trainer(shape, args.lr, args.beta1, ctx.device, half)
+        self._fixed_noise = torch.randn(GRID, args.latent)
+        self._sample_every = args.sample_every or max(20, SAMPLE_PIXELS // (height * width))
+        self._steps = args.steps or (0 if args.time_limit_s else DEFAULT_STEPS)
+        self._spent_s = 0.0
+        self._metrics: dict[str, float] = {}
+
+    def step(self, ctx: Context) -> Report | Done:
+        if self._is_over():
+            return self._finish(ctx)
+        from llmos.services.programs.gan_pictures import to_batch
+
+        began_s = time.perf_counter()
+        batch = to_batch(self._images, self._order.take(self.args.batch))
+        losses = self._trainer.update(batch)
+        step = self._trainer.updates
+        if step % METRICS_EVERY == 0 or not self._metrics:
+            names = ("discriminator_loss", "generator_loss")
+            self._metrics = {n: float(loss) for n, loss in zip(names, losses, strict=True)}
+        if step % self._sample_every == 0:
+            self._sample(ctx)
+        self._spent_s += time.perf_counter() - began_s
+        return Report(step, self._steps or None, dict(self._metrics))
+
+    def _is_over(self) -> bool:
+        out_of_time = 0 < self.args.time_limit_s <= self._spent_s
+        return out_of_time or (self._steps > 0 and self._trainer.updates >= self._steps)
+
+    def _sample(self, ctx: Context) -> None:
+        from llmos.services.programs.gan_pictures import write_grid
+
+        path = ctx.work / "samples" / f"step-{self._trainer.updates}.png"
+        write_grid(path, self._trainer.sample(self._fixed_noise))
+        ctx.emit("sample", path=str(path), step=self._trainer.updates)
+
+    def _finish(self, ctx: Context) -> Done:
+        """The model, whole and aside; the registry puts it in place."""
+        from llmos.services.programs.gan_pictures import write_grid
+
+        folder = ctx.home / "models" / f".partial-{ctx.pid}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._trainer.write_model(folder)
+        write_grid(folder / "samples.png", self._trainer.sample(self._fixed_noise))
+        made_by = {"program": self.name, "pid": ctx.pid, "args": asdict(self.args)}
+        entry = ctx.call(
+            "models.register",
+            name=self.args.out,
+            folder=str(folder),
+            kind="gan",
+            made_by=made_by,
+            overwrite=self.args.overwrite,
+        )
+        result = {"model": self.args.out, "folder": entry["folder"], "steps": self._trainer.updates}
+        return Done(result={**result, "seconds": round(self._spent_s, 3), **self._metrics})
+
+    def save(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        self._trainer.write_model(folder)
+        save_file(self._trainer.tensors(), folder / "training.safetensors")
+        state = {
+            "updates": self._trainer.updates,
+            "spent_s": self._spent_s,
+            "metrics": self._metrics,
+            "order": self._order.state(),
+            "conditions": self._trainer.conditions(),
+        }
+        (folder / "training.json").write_text(json.dumps(state))
+
+    def restore(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        state = json.loads((folder / "training.json").read_text())
+        self._say_differences(state["conditions"])
+        self._trainer.restore(load_file(folder / "training.safetensors"), state["updates"])
+        self._order.restore(state["order"])
+        self._spent_s, self._metrics = state["spent_s"], state["metrics"]
+
+    def _say_differences(self, before: dict[str, Any]) -> None:
+        """A run that goes on under other conditions is a little different: said, not hidden."""
+        now = self._trainer.conditions()
+        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+        if changed:
+            text = f"not the same bits as without the interruption: {', '.join(changed)}"
+            self._ctx.emit("note", text=text)

@@ -1,0 +1,160 @@
+"""One update of a GAN: the discriminator, then the generator, then the averaged generator.
+
+The non-saturating loss (Goodfellow et al. 2014) with Adam. Samples are taken from an exponential
+average of the generator's weights, which moves far less than the generator itself. Everything
+that the next update depends on is in `tensors` and `numbers`, so that a run can go on to the same
+bits. Nothing here knows files or processes.
+"""
+# ruff: noqa: TID253  (imported by the program inside a worker only)
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from llmos.services.programs.gan_nets import MODEL_TYPE, Discriminator, Generator, Shape
+
+# The average follows about the last 1 / (1 - 0.99) updates: a run of a few minutes has
+# a thousand or two, and a longer memory would still show how it began.
+AVERAGE = 0.99
+
+
+class Trainer:
+    """Both networks, both optimizers, the average, on one device."""
+
+    def __init__(self, shape: Shape, lr: float, beta1: float, device: str, half: bool) -> None:
+        self.shape, self.half, self.device = shape, half, torch.device(device)
+        self.generator = self._placed(Generator(shape))
+        self.discriminator = self._placed(Discriminator(shape))
+        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self.updates = 0
+        self._optimizers = {
+            "generator": self._adam(self.generator, lr, beta1),
+            "discriminator": self._adam(self.discriminator, lr, beta1),
+        }
+
+    def update(self, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Learn from `real` (batch, channels, height, width) in [-1, 1].
+
+        -> losses of the discriminator and the generator, as tensors on the device.
+        """
+        real = real.to(self.device, memory_format=torch.channels_last)
+        with self._autocast():
+            fake = self.generator(self._noise(len(real)))
+            real_score = self.discriminator(real)
+            fake_score = self.discriminator(fake.detach())
+        loss_d = (softplus(-real_score.float()) + softplus(fake_score.float())).mean()
+        self._apply("discriminator", loss_d)
+        self.discriminator.requires_grad_(False)
+        with self._autocast():
+            score = self.discriminator(fake)
+        loss_g = softplus(-score.float()).mean()
+        self._apply("generator", loss_g)
+        self.discriminator.requires_grad_(True)
+        self.updates += 1
+        self._follow()
+        return loss_d.detach(), loss_g.detach()
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor) -> Tensor:
+        """Images (batch, channels, height, width) in [-1, 1] for `noise` (batch, latent)."""
+        images: Tensor = self.average(noise.to(self.device)).float().cpu()
+        return images
+
+    def write_model(self, folder: Path) -> None:
+        """The model's files: generator (the average), discriminator, config.json."""
+        nets = {"generator": self.average, "discriminator": self.discriminator}
+        for name, net in nets.items():
+            weights = {k: v.contiguous() for k, v in net.state_dict().items()}
+            save_file(weights, folder / f"{name}.safetensors")
+        config = {"model_type": MODEL_TYPE, "architectures": ["DCGAN"], "shape": asdict(self.shape)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def conditions(self) -> dict[str, Any]:
+        """What must be the same for a continued run to give the same bits."""
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "bfloat16": self.half,
+            "device": self.device.type,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state that is tensors, by name. Shared with the trainer, not copied."""
+        found = {}
+        for net in ("generator", "discriminator", "average"):
+            for name, tensor in getattr(self, net).state_dict().items():
+                found[f"{net}/{name}"] = tensor.contiguous()
+        for net, optimizer in self._optimizers.items():
+            for index, slots in optimizer.state_dict()["state"].items():
+                for slot, tensor in slots.items():
+                    found[f"optimizer/{net}/{index}/{slot}"] = tensor.contiguous()
+        found["random/cpu"] = torch.get_rng_state()
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Go back to what `tensors` gave after `updates` updates."""
+        for net in ("generator", "discriminator", "average"):
+            prefix = f"{net}/"
+            state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            getattr(self, net).load_state_dict(state)
+        for net, optimizer in self._optimizers.items():
+            state_dict = optimizer.state_dict()
+            state_dict["state"] = _slots(tensors, f"optimizer/{net}/")
+            optimizer.load_state_dict(state_dict)
+        torch.set_rng_state(tensors["random/cpu"])
+        self.updates = updates
+
+    def _noise(self, count: int) -> Tensor:
+        # Drawn on the CPU: one generator to keep, and the same noise on every device.
+        return torch.randn(count, self.shape.latent).to(self.device)
+
+    def _apply(self, net: str, loss: Tensor) -> None:
+        optimizer = self._optimizers[net]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average. Early on it is the plain mean of all generators so far."""
+        share = 1 - min(AVERAGE, self.updates / (self.updates + 10))
+        ours, theirs = self.average.state_dict(), self.generator.state_dict()
+        for name, tensor in ours.items():
+            if tensor.is_floating_point():
+                tensor.lerp_(theirs[name], share)
+            else:
+                tensor.copy_(theirs[name])
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def _placed(self, net: nn.Module) -> Any:
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def _adam(self, net: nn.Module, lr: float, beta1: float) -> torch.optim.Adam:
+        return torch.optim.Adam(net.parameters(), lr, (beta1, 0.99), fused=True)
+
+
+def _slots(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(prefix):
+            index, _, slot = key[len(prefix) :].partition("/")
+            found.setdefault(int(index), {})[slot] = tensor
+    return found
+
+
+def computes_in_half(dtype: str, device: str) -> bool:
+    """Whether to compute in bfloat16; `auto`: where the device does so faster."""
+    if dtype != "auto":
+        return dtype == "bfloat16"
+    return bool(device != "cpu" or torch.cpu._is_avx512_bf16_supported())

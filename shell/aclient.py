@@ -1,0 +1,301 @@
+"""The Python API for asyncio: as `Client`, with `await` and `async for`.
+
+    async with AsyncClient() as llmos:
+        async for text in llmos.run("my-model", "Once upon a time", max_tokens=50):
+            print(text, end="")
+
+Any number of tasks may use one client at the same time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Self
+
+from llmos.kernel import protocol as p
+from llmos.kernel.errors import LlmosError, NoKernel, TimedOut
+from llmos.shell import resolve
+from llmos.shell.client import ANSWER_S, Record, check_ended, lost, no_kernel
+from llmos.shell.home import Home, check_socket_path
+from llmos.shell.session import Answer, Failure, Item, Result, Session
+
+_RECEIVE_BYTES = 256 * 1024
+
+
+class AsyncClient:
+    """A connection to the kernel of a home; `connect` or `async with` opens it."""
+
+    def __init__(self, home: str | os.PathLike[str] | None = None) -> None:
+        self.home = Home.find(home)
+        self._session = Session()
+        self._answers: dict[int, asyncio.Queue[Answer]] = {}
+        self._manifest: Record | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._error: LlmosError | None = None
+
+    async def connect(self) -> Self:
+        """Open the connection. Raises NoKernel."""
+        check_socket_path(self.home)
+        try:
+            reader, self._writer = await asyncio.open_unix_connection(os.fspath(self.home.socket))
+        except OSError as exc:
+            raise no_kernel(self.home, exc) from None
+        self._reading = asyncio.create_task(self._read(reader))
+        return self
+
+    async def close(self) -> None:
+        """Close the connection; twice is harmless."""
+        if self._reading is not None:
+            self._reading.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reading
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        return await self.connect()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # ---- the calls of kernel/protocol.py ----
+
+    async def ping(self) -> None:
+        await self.ask(p.Ping(), ANSWER_S)
+
+    async def status(self) -> Record:
+        """{kernel: {os_pid uptime_s version ...}, devices: [...], ...}"""
+        return dict(await self.ask(p.Status(), ANSWER_S))
+
+    async def ps(self, all: bool = False) -> list[Record]:
+        """The live processes; with `all` every one that is kept."""
+        return list(await self.ask(p.Ps(all=all), ANSWER_S))
+
+    async def process(self, pid: int) -> Record:
+        """One process, ended or not. Raises NoSuchProcess."""
+        return dict((await self.ask(p.Ps(pid=pid), ANSWER_S))[0])
+
+    async def mem(self) -> list[Record]:
+        """The books of memory, one object a device."""
+        return list(await self.ask(p.Mem(), ANSWER_S))
+
+    async def explain(self, pid: int) -> Record:
+        """{process, reason, queue_place, story, advice}"""
+        return dict(await self.ask(p.Explain(pid), ANSWER_S))
+
+    async def programs(self) -> Record:
+        """The manifest: {programs: {name: schema}, services: {...}, errors: [...]}"""
+        if self._manifest is None:
+            self._manifest = dict(await self.ask(p.Programs(), ANSWER_S))
+        return self._manifest
+
+    async def submit(
+        self,
+        program: str,
+        args: Record | None = None,
+        *,
+        name: str = "",
+        nice: int = 0,
+        cls: str = "",
+        device: str = "",
+        attached: bool = False,
+        restart: str = "no",
+    ) -> int:
+        """Run a program -> its pid. `attached`: it is killed when this connection goes."""
+        request = await self._submission(
+            program, args, name=name, nice=nice, cls=cls, device=device,
+            attached=attached, restart=restart,
+        )  # fmt: skip
+        return int((await self.ask(request))["pid"])
+
+    async def plan(self, program: str, args: Record | None = None, *, device: str = "") -> Record:
+        """What a program would take -> {footprint, device, ...}; nothing runs."""
+        request = await self._submission(program, args, device=device, dry_run=True)
+        return dict(await self.ask(request))
+
+    async def kill(self, pid: int, signal: int = 15) -> Record:
+        """Returns when it took effect -> {pid, state, exit_status}"""
+        return dict(await self.ask(p.Kill(pid, signal)))
+
+    async def renice(self, pid: int, nice: int) -> Record:
+        """-20 ... 19, lower is more important."""
+        return dict(await self.ask(p.Renice(pid, nice)))
+
+    async def pause(self, pid: int) -> Record:
+        return dict(await self.ask(p.Pause(pid)))
+
+    async def resume(self, pid: int) -> Record:
+        return dict(await self.ask(p.Resume(pid)))
+
+    async def checkpoint(self, pid: int) -> Record:
+        """Returns when the checkpoint is on disk -> {pid, folder, step}"""
+        return dict(await self.ask(p.Checkpoint(pid)))
+
+    async def wait(self, pid: int, timeout_s: float | None = None) -> Record:
+        """-> {pid, exit_status, reason, result} when the process has ended. Raises TimedOut."""
+        return dict(await self.ask(p.Wait(pid, timeout_s)))
+
+    def attach(self, pid: int, offset: int = 0, follow: bool = True) -> AsyncStream:
+        """The records of a process, from `offset` on."""
+        return AsyncStream(self, p.Attach(pid, offset, follow), "record")
+
+    def logs(self, pid: int, offset: int = 0, tail: int = -1, follow: bool = False) -> AsyncStream:
+        """What a process printed, as pieces of bytes."""
+        return AsyncStream(self, p.Logs(pid, offset, tail, follow), "data")
+
+    async def send(self, pid: int, message: Record) -> Record:
+        """Give input to a process that waits for it."""
+        return dict(await self.ask(p.Send(pid, message)))
+
+    async def call(self, method: str, timeout_s: float = 60.0, **arguments: Any) -> Any:
+        """Call a service: call("models.ls")."""
+        return await self.ask(p.Call(method, arguments, timeout_s))
+
+    async def services(self) -> list[Record]:
+        return list(await self.ask(p.Services(), ANSWER_S))
+
+    async def restart_service(self, name: str) -> Record:
+        return dict(await self.ask(p.Services("restart", name)))
+
+    async def events(self, since: int = 0) -> list[Record]:
+        """The kernel's record of its decisions after number `since`."""
+        return list(await self.ask(p.Events(since), ANSWER_S))
+
+    async def shutdown(self) -> Record:
+        """Checkpoint and stop every worker, then end -> {stopped, checkpoints}"""
+        return dict(await self.ask(p.Shutdown()))
+
+    # ---- on top of them ----
+
+    async def run(self, model: str, prompt: str, **args: Any) -> AsyncIterator[str]:
+        """The continuation of `prompt`, piece by piece; leaving the iterator ends the process."""
+        pid = await self.submit("infer", {"model": model, "prompt": prompt, **args}, attached=True)
+        stream = self.attach(pid)
+        try:
+            async for record in stream:
+                if record["kind"] == "text":
+                    yield record["text"]
+        finally:
+            await stream.close()
+            if stream.result is None:
+                await self.kill(pid)
+        check_ended(pid, stream.result)
+
+    async def ask(self, request: p.Request, timeout_s: float | None = None) -> Any:
+        """Send any request and wait for its answer. Raises the error that the kernel gave."""
+        request_id = await self.begin(request)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self.next_answer(request_id)
+        except TimeoutError:
+            raise TimedOut(
+                f"the kernel of {self.home.path} did not answer in time",
+                f"does it hang? its log is {self.home.log}",
+            ) from None
+        finally:
+            await self.cancel(request_id)
+        if isinstance(answer, Failure):
+            raise answer.error
+        return answer.value
+
+    # ---- for streams ----
+
+    async def begin(self, request: p.Request) -> int:
+        """Send a request -> its id."""
+        if self._writer is None:
+            raise NoKernel("the client is not connected", "use `async with AsyncClient()`")
+        if self._error is not None:
+            raise self._error
+        request_id, data = self._session.send(request)
+        self._answers[request_id] = asyncio.Queue()
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except OSError as exc:
+            raise lost(self.home, exc) from None
+        return request_id
+
+    async def next_answer(self, request_id: int) -> Answer:
+        """The next answer to a request."""
+        answer = await self._answers[request_id].get()
+        if not isinstance(answer, Item):
+            del self._answers[request_id]
+        return answer
+
+    async def cancel(self, request_id: int) -> None:
+        """End a call early; harmless when it has ended."""
+        if self._answers.pop(request_id, None) is None or self._writer is None:
+            return
+        if self._error is None:
+            self._writer.write(self._session.cancel(request_id))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while data := await reader.read(_RECEIVE_BYTES):
+                for request_id, answer in self._session.receive(data):
+                    if request_id in self._answers:
+                        self._answers[request_id].put_nowait(answer)
+            self._error = lost(self.home)
+        except OSError as exc:
+            self._error = lost(self.home, exc)
+        except LlmosError as exc:
+            self._error = exc
+        for queue in self._answers.values():
+            queue.put_nowait(Failure(self._error))
+
+    async def _submission(self, program: str, args: Record | None, **options: Any) -> p.Submit:
+        schema = resolve.schema_of(await self.programs(), program)
+        cwd = os.getcwd()
+        return p.Submit(
+            program=program,
+            args=resolve.program_args(schema, args or {}, cwd),
+            cwd=cwd,
+            env=resolve.environment(),
+            **options,
+        )
+
+
+class AsyncStream(AsyncIterator[Any]):
+    """The items of a streaming call, as `client.Stream`; the call begins with the first item."""
+
+    def __init__(self, client: AsyncClient, request: p.Attach | p.Logs, key: str) -> None:
+        self.offset = request.offset
+        self.result: Record | None = None
+        self._client = client
+        self._request = request
+        self._key = key
+        self._id: int | None = None
+        self._ended = False
+
+    async def __anext__(self) -> Any:
+        if self._ended:
+            raise StopAsyncIteration
+        if self._id is None:
+            self._id = await self._client.begin(self._request)
+        match await self._client.next_answer(self._id):
+            case Item(value):
+                self.offset = value["offset"]
+                return value[self._key]
+            case Result(value):
+                self._ended = True
+                self.result = dict(value or {})
+                self.offset = self.result.get("offset", self.offset)
+                raise StopAsyncIteration
+            case Failure(error):
+                self._ended = True
+                raise error
+
+    async def close(self) -> None:
+        """Stop listening; the process goes on."""
+        self._ended = True
+        if self._id is not None:
+            await self._client.cancel(self._id)

@@ -1,0 +1,311 @@
+"""The Python API, blocking: one socket to the kernel, one method for each call.
+
+    with Client() as llmos:
+        for text in llmos.run("my-model", "Once upon a time", max_tokens=50):
+            print(text, end="")
+
+Knows no terminal. Not for use by several threads at once: give each thread a client.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
+
+from llmos.kernel import protocol as p
+from llmos.kernel.errors import LlmosError, NoKernel, TimedOut
+from llmos.shell import resolve
+from llmos.shell.home import Home, check_socket_path
+from llmos.shell.session import Answer, Failure, Item, Result, Session
+
+Record = dict[str, Any]
+
+# The kernel answers these from its tables, in microseconds: silence means that it hangs.
+ANSWER_S = 30.0
+_RECEIVE_BYTES = 256 * 1024
+
+
+class Client:
+    """A connection to the kernel of a home. Raises NoKernel when none serves it."""
+
+    def __init__(self, home: str | os.PathLike[str] | None = None) -> None:
+        self.home = Home.find(home)
+        self._session = Session()
+        self._answers: dict[int, deque[Answer]] = {}
+        self._manifest: Record | None = None
+        check_socket_path(self.home)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(os.fspath(self.home.socket))
+        except OSError as exc:
+            self._socket.close()
+            raise no_kernel(self.home, exc) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; twice is harmless."""
+        self._socket.close()
+
+    # ---- the calls of kernel/protocol.py ----
+
+    def ping(self) -> None:
+        self.ask(p.Ping(), ANSWER_S)
+
+    def status(self) -> Record:
+        """{kernel: {os_pid uptime_s version ...}, devices: [...], ...}"""
+        return dict(self.ask(p.Status(), ANSWER_S))
+
+    def ps(self, all: bool = False) -> list[Record]:
+        """The live processes; with `all` every one that is kept."""
+        return list(self.ask(p.Ps(all=all), ANSWER_S))
+
+    def process(self, pid: int) -> Record:
+        """One process, ended or not. Raises NoSuchProcess."""
+        return dict(self.ask(p.Ps(pid=pid), ANSWER_S)[0])
+
+    def mem(self) -> list[Record]:
+        """The books of memory, one object a device."""
+        return list(self.ask(p.Mem(), ANSWER_S))
+
+    def explain(self, pid: int) -> Record:
+        """{process, reason, queue_place, story, advice}"""
+        return dict(self.ask(p.Explain(pid), ANSWER_S))
+
+    def programs(self) -> Record:
+        """The manifest: {programs: {name: schema}, services: {...}, errors: [...]}"""
+        if self._manifest is None:
+            self._manifest = dict(self.ask(p.Programs(), ANSWER_S))
+        return self._manifest
+
+    def submit(
+        self,
+        program: str,
+        args: Record | None = None,
+        *,
+        name: str = "",
+        nice: int = 0,
+        cls: str = "",
+        device: str = "",
+        attached: bool = False,
+        restart: str = "no",
+    ) -> int:
+        """Run a program -> its pid. `attached`: it is killed when this connection goes."""
+        request = self._submission(
+            program, args, name=name, nice=nice, cls=cls, device=device,
+            attached=attached, restart=restart,
+        )  # fmt: skip
+        return int(self.ask(request)["pid"])
+
+    def plan(self, program: str, args: Record | None = None, *, device: str = "") -> Record:
+        """What a program would take -> {footprint, device, ...}; nothing runs."""
+        return dict(self.ask(self._submission(program, args, device=device, dry_run=True)))
+
+    def kill(self, pid: int, signal: int = 15) -> Record:
+        """Returns when it took effect -> {pid, state, exit_status}"""
+        return dict(self.ask(p.Kill(pid, signal)))
+
+    def renice(self, pid: int, nice: int) -> Record:
+        """-20 ... 19, lower is more important."""
+        return dict(self.ask(p.Renice(pid, nice)))
+
+    def pause(self, pid: int) -> Record:
+        return dict(self.ask(p.Pause(pid)))
+
+    def resume(self, pid: int) -> Record:
+        return dict(self.ask(p.Resume(pid)))
+
+    def checkpoint(self, pid: int) -> Record:
+        """Returns when the checkpoint is on disk -> {pid, folder, step}"""
+        return dict(self.ask(p.Checkpoint(pid)))
+
+    def wait(self, pid: int, timeout_s: float | None = None) -> Record:
+        """-> {pid, exit_status, reason, result} when the process has ended. Raises TimedOut."""
+        return dict(self.ask(p.Wait(pid, timeout_s)))
+
+    def attach(self, pid: int, offset: int = 0, follow: bool = True) -> Stream:
+        """The records of a process, from `offset` on."""
+        return Stream(self, p.Attach(pid, offset, follow), "record")
+
+    def logs(self, pid: int, offset: int = 0, tail: int = -1, follow: bool = False) -> Stream:
+        """What a process printed, as pieces of bytes."""
+        return Stream(self, p.Logs(pid, offset, tail, follow), "data")
+
+    def send(self, pid: int, message: Record) -> Record:
+        """Give input to a process that waits for it."""
+        return dict(self.ask(p.Send(pid, message)))
+
+    def call(self, method: str, timeout_s: float = 60.0, **arguments: Any) -> Any:
+        """Call a service: call("models.ls")."""
+        return self.ask(p.Call(method, arguments, timeout_s))
+
+    def services(self) -> list[Record]:
+        return list(self.ask(p.Services(), ANSWER_S))
+
+    def restart_service(self, name: str) -> Record:
+        return dict(self.ask(p.Services("restart", name)))
+
+    def events(self, since: int = 0) -> list[Record]:
+        """The kernel's record of its decisions after number `since`."""
+        return list(self.ask(p.Events(since), ANSWER_S))
+
+    def shutdown(self) -> Record:
+        """Checkpoint and stop every worker, then end -> {stopped, checkpoints}"""
+        return dict(self.ask(p.Shutdown()))
+
+    # ---- on top of them ----
+
+    def run(self, model: str, prompt: str, **args: Any) -> Iterator[str]:
+        """The continuation of `prompt`, piece by piece; leaving the iterator ends the process."""
+        pid = self.submit("infer", {"model": model, "prompt": prompt, **args}, attached=True)
+        stream = self.attach(pid)
+        try:
+            for record in stream:
+                if record["kind"] == "text":
+                    yield record["text"]
+        finally:
+            stream.close()
+            if stream.result is None:
+                self.kill(pid)
+        check_ended(pid, stream.result)
+
+    def ask(self, request: p.Request, timeout_s: float | None = None) -> Any:
+        """Send any request and wait for its answer. Raises the error that the kernel gave."""
+        request_id = self.begin(request)
+        try:
+            answer = self.next_answer(request_id, timeout_s)
+        finally:
+            self._answers.pop(request_id, None)
+        if isinstance(answer, Failure):
+            raise answer.error
+        return answer.value
+
+    # ---- for streams ----
+
+    def begin(self, request: p.Request) -> int:
+        """Send a request -> its id."""
+        request_id, data = self._session.send(request)
+        self._answers[request_id] = deque()
+        try:
+            self._socket.sendall(data)
+        except OSError as exc:
+            raise lost(self.home, exc) from None
+        return request_id
+
+    def next_answer(self, request_id: int, timeout_s: float | None = None) -> Answer:
+        """The next answer to a request; answers to others wait for their turn."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        waiting = self._answers[request_id]
+        while not waiting:
+            for answered, answer in self._session.receive(self._receive(deadline)):
+                if answered in self._answers:
+                    self._answers[answered].append(answer)
+        answer = waiting.popleft()
+        if not isinstance(answer, Item):
+            self._answers.pop(request_id)
+        return answer
+
+    def cancel(self, request_id: int) -> None:
+        """End a stream early; harmless when it has ended."""
+        if self._answers.pop(request_id, None) is not None:
+            try:
+                self._socket.sendall(self._session.cancel(request_id))
+            except OSError:
+                return  # the connection is gone, and the stream with it
+
+    def _receive(self, deadline: float | None) -> bytes:
+        try:
+            left = None if deadline is None else max(0.001, deadline - time.monotonic())
+            self._socket.settimeout(left)
+            data = self._socket.recv(_RECEIVE_BYTES)
+        except TimeoutError:
+            raise TimedOut(
+                f"the kernel of {self.home.path} did not answer in time",
+                f"does it hang? its log is {self.home.log}",
+            ) from None
+        except OSError as exc:
+            raise lost(self.home, exc) from None
+        if not data:
+            raise lost(self.home)
+        return data
+
+    def _submission(self, program: str, args: Record | None, **options: Any) -> p.Submit:
+        schema = resolve.schema_of(self.programs(), program)
+        cwd = os.getcwd()
+        return p.Submit(
+            program=program,
+            args=resolve.program_args(schema, args or {}, cwd),
+            cwd=cwd,
+            env=resolve.environment(),
+            **options,
+        )
+
+
+class Stream(Iterator[Any]):
+    """The items of a streaming call. `offset` is where the next one begins: give it to
+    `attach` or `logs` to go on without a gap. `result` is what the call answered at its end.
+    """
+
+    def __init__(self, client: Client, request: p.Attach | p.Logs, key: str) -> None:
+        self.offset = request.offset
+        self.result: Record | None = None
+        self._client = client
+        self._key = key
+        self._ended = False
+        self._id = client.begin(request)
+
+    def __next__(self) -> Any:
+        if self._ended:
+            raise StopIteration
+        match self._client.next_answer(self._id):
+            case Item(value):
+                self.offset = value["offset"]
+                return value[self._key]
+            case Result(value):
+                self._ended = True
+                self.result = dict(value or {})
+                self.offset = self.result.get("offset", self.offset)
+                raise StopIteration
+            case Failure(error):
+                self._ended = True
+                raise error
+
+    def close(self) -> None:
+        """Stop listening; the process goes on."""
+        self._ended = True
+        self._client.cancel(self._id)
+
+
+def no_kernel(home: Home, exc: OSError) -> LlmosError:
+    """The error for a connection that could not be made."""
+    if isinstance(exc, PermissionError):
+        return NoKernel(f"the kernel of {home.path} belongs to another user")
+    return NoKernel(f"no kernel runs for the home {home.path}")
+
+
+def lost(home: Home, exc: OSError | None = None) -> NoKernel:
+    """The error for a connection that broke."""
+    why = f" ({exc.strerror})" if exc and exc.strerror else ""
+    return NoKernel(
+        f"the kernel of {home.path} closed the connection{why}",
+        f"if it has ended, `llmos boot` starts it again; its log is {home.log}",
+    )
+
+
+def check_ended(pid: int, ended: Record | None) -> None:
+    """Raise LlmosError when a process did not end well."""
+    status = (ended or {}).get("exit_status")
+    if ended is not None and status:
+        why = ended.get("reason") or f"exit status {status}"
+        raise LlmosError(f"process {pid} failed: {why}", f"`llmos logs {pid}` has what it printed")

@@ -1,0 +1,81 @@
+"""What a command is given: the home, a connection on demand, and where to print.
+
+Data goes to stdout, messages to stderr. Knows no command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from llmos.shell.client import Client
+from llmos.shell.home import Home
+from llmos.shell.render import ascii_only
+
+
+class Context:
+    """One per invocation; the interactive shell makes one for each line."""
+
+    def __init__(self, home: Home | None = None, interactive: bool = False) -> None:
+        self.home = home or Home.find()
+        self.interactive = interactive  # inside the interactive shell
+        self.on_submit: Callable[[int, str], None] | None = None  # it keeps its jobs by this
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Client]:
+        """A connection for one command. Raises NoKernel."""
+        with Client(self.home.path) as client:
+            yield client
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest of the running kernel, else the one that the last kernel left."""
+        from llmos.kernel.errors import LlmosError
+
+        try:
+            with self.client() as client:
+                return client.programs()
+        except LlmosError:
+            return self.home.manifest()
+
+    # ---- printing ----
+
+    @property
+    def stdout_is_terminal(self) -> bool:
+        return sys.stdout.isatty()
+
+    @property
+    def stderr_is_terminal(self) -> bool:
+        return sys.stderr.isatty()
+
+    @property
+    def width(self) -> int:
+        """Columns of the output: the terminal's, else COLUMNS, else 80."""
+        with contextlib.suppress(OSError, ValueError):
+            return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        columns = os.environ.get("COLUMNS", "")
+        return int(columns) if columns.isdigit() and int(columns) > 0 else 80
+
+    def print(self, text: str = "") -> None:
+        print(encodable(text, sys.stdout), flush=True)
+
+    def lines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            print(encodable(line, sys.stdout))
+        sys.stdout.flush()
+
+    def json(self, value: Any) -> None:
+        print(json.dumps(value, indent=2, ensure_ascii=True), flush=True)
+
+    def say(self, text: str) -> None:
+        """A message to the person, not data."""
+        print(encodable(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def encodable(text: str, stream: Any) -> str:
+    """`text` as the stream can show it."""
+    encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "")
+    return text if encoding == "utf8" else ascii_only(text)
