@@ -61,17 +61,18 @@ class Core:
         """Take one event at time `now` (seconds, never going back) and say what to do.
 
         Raises LlmosError when a person asked for what cannot be; the state is then unchanged,
-        but for a process that never fits, which is forgotten.
+        but for a process that never fits, which is forgotten; the orders that follow from that
+        come with the next event.
         """
         m = self.m
         m.now = max(m.now, now)
-        try:
-            _HANDLERS[type(event)](m, event)
-        finally:
-            admission.admit_waiting(m)
-            for device in m.devices:
-                turns.decide(m, device)
-            orders, m.out = m.out, []
+        _HANDLERS[type(event)](m, event)
+        if m.shutting_down:
+            _end_services_last(m)
+        admission.admit_waiting(m)
+        for device in m.devices:
+            turns.decide(m, device)
+        orders, m.out = m.out, []
         return orders
 
     def restore(self, proc: Process) -> None:
@@ -172,7 +173,7 @@ def _shutdown(m: Machine, _: ShutdownAsked) -> None:
     m.waiting.clear()
     for worker in list(m.workers.values()):
         proc = m.procs[worker.pid]
-        if worker.kill_signal or worker.done:
+        if worker.kill_signal or worker.done or proc.role is Role.SERVICE:
             continue
         if proc.role is Role.PROCESS and worker.loaded:
             worker.stop_asked = True
@@ -187,6 +188,16 @@ def _shutdown(m: Machine, _: ShutdownAsked) -> None:
             worker.kill_signal, worker.kill_why = 15, "the kernel shut down"
             m.out.append(Signal(worker.worker_id, 15))
             turns.update(m, worker)
+
+
+def _end_services_last(m: Machine) -> None:
+    """A training that is about to finish may still have to call one."""
+    if any(w.device for w in m.workers.values()):
+        return
+    for worker in m.workers.values():
+        if not worker.kill_signal:
+            worker.kill_signal, worker.kill_why = 15, "the kernel shut down"
+            m.out.append(Signal(worker.worker_id, 15))
 
 
 _HANDLERS: dict[type[Any], Callable[[Machine, Any], None]] = {

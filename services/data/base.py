@@ -18,6 +18,7 @@ It does not know any file format: formats are classes behind the entry point gro
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from typing import Any, ClassVar
 from llmos.kernel.errors import BadInput
 
 GROUP = "llmos.sources"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,20 @@ class Source:
 
 
 def sources(kind: str) -> list[type[Source]]:
-    """Every installed source of a kind, in the order of their names."""
-    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name)
-    loaded: list[type[Source]] = [entry.load() for entry in entries]
-    return [source for source in loaded if source.kind == kind]
+    """Every installed source of a kind, in the order of their names.
+
+    One that cannot be imported is reported in the log: it must not take the others with it.
+    """
+    found: list[type[Source]] = []
+    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda e: e.name):
+        try:
+            source: type[Source] = entry.load()
+        except Exception as exc:  # noqa: BLE001  (a plugin's code raises what it likes)
+            log.warning("the source %s cannot be loaded: %s", entry.value, exc)
+            continue
+        if source.kind == kind:
+            found.append(source)
+    return found
 
 
 def source_for(path: Path, kind: str) -> type[Source]:

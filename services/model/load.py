@@ -20,9 +20,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 import llmos.services.model.recurrent  # noqa: F401  (registers the recurrent models)
 from llmos.kernel.errors import BadArgument, BadInput
+
+# Bars belong to the shell; a worker's output is its log.
+transformers_logging.disable_progress_bar()
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -127,6 +131,9 @@ def _cannot_load(what: str, ref: str | Path, exc: Exception) -> BadInput:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are fast here, not merely possible."""
-    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16") or cpu.get("arm_bf16"))
+    """Whether the CPU has instructions for products in bfloat16 (x86: AVX-512 or AMX; Arm: BF16)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -36,7 +36,11 @@ MAX_HEADER_BYTES = 100_000_000
 
 # What a folder of each kind must hold: every group needs one match.
 NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "causal-lm": (("config.json",), ("*.safetensors",), ("tokenizer.json", "tokenizer_config.json")),
+    "causal-lm": (
+        ("config.json",),
+        ("*.safetensors",),
+        ("tokenizer.json", "tokenizer_config.json"),
+    ),
     "adapter": (("adapter_config.json",), ("adapter_model.safetensors",)),
     "gan": (("config.json",), ("generator.safetensors",), ("discriminator.safetensors",)),
 }

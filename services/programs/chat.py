@@ -34,10 +34,15 @@ class Chat(Program):
         temperature: float = arg(0.8, help="0 takes the likeliest token (greedy)", minimum=0)
         top_k: int = arg(40, help="draw from the K likeliest tokens; 0: from all", minimum=0)
         top_p: float = arg(
-            0.95, help="draw from the likeliest tokens that hold this probability", minimum=0, maximum=1
+            0.95,
+            help="draw from the likeliest tokens that hold this probability",
+            minimum=0,
+            maximum=1,
         )
         seed: int | None = arg(None, help="the same seed gives the same text; default: the pid")
-        stop: list[str] = arg([], help="end an answer before this text (repeatable)", metavar="TEXT")
+        stop: list[str] = arg(  # noqa: RUF009  (each gets a list of its own)
+            [], help="end an answer before this text (repeatable)", metavar="TEXT"
+        )
         dtype: str = arg(
             "auto", help="number format of the weights", choices=("auto", "float32", "bfloat16")
         )

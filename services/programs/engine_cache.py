@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
@@ -20,11 +19,11 @@ from transformers.cache_utils import DynamicLayer
 ROOM_TOKENS = 256
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values (batch, heads, tokens, head_dim) with room behind them, doubled when full."""
 
     def __init__(self, filled: DynamicLayer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         keys, values = filled.keys, filled.values
         assert keys is not None
         assert values is not None

@@ -32,7 +32,8 @@ class Host:
 
     def __init__(self, model: str, dtype: str, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._loaded = LoadedModel(load_causal_lm(model, dtype).to(device), load_tokenizer(model))
+        loaded: Any = load_causal_lm(model, dtype)
+        self._loaded = LoadedModel(loaded.to(device), load_tokenizer(model))
         self._sessions: dict[int, Session] = {}
         self._steps = 0
         self.floor = ALL_CLASSES
@@ -74,7 +75,7 @@ class Host:
             session.guest.rank, session.guest.parked = rank, parked
 
     def message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
-        """Input for a chat: a turn, a stop, or settings. What it cannot use, it says to its user."""
+        """Input for a chat: a turn, a stop, settings. What it cannot use is said to its user."""
         try:
             self._message(ctx, pid, message)
         except BadArgument as exc:
@@ -140,7 +141,9 @@ class Host:
                 ctx.emit("note", pid=session.guest.pid, text=_one_line(exc))
                 continue
             if session.has_forgotten:
-                text = "the conversation has outgrown the model's context: its beginning is forgotten"
+                text = (
+                    "the conversation has outgrown the model's context: its beginning is forgotten"
+                )
                 ctx.emit("note", pid=session.guest.pid, text=text)
             return
         ctx.guest_idle(session.guest.pid)

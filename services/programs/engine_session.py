@@ -234,7 +234,7 @@ class ChatSession(Session):
         return ids
 
     def _extend_running(self, prompt: str) -> list[int]:
-        """The running text and the new part; its older half goes when it has outgrown the context."""
+        """The running text and the new part; its older half goes when the context is full."""
         first = not self._running
         lead = f"{self.args.system}\n" if first and self.args.system else ""
         new = self.encode(lead + prompt, special=first)

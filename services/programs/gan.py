@@ -79,9 +79,10 @@ class Gan(Program):
         import torch
 
         from llmos.services.data.order import Order
+        from llmos.services.model.load import resolve_dtype
         from llmos.services.programs.gan_nets import Shape
         from llmos.services.programs.gan_pictures import read_images
-        from llmos.services.programs.gan_train import Trainer, computes_in_half
+        from llmos.services.programs.gan_train import Trainer
 
         args, self._ctx = self.args, ctx
         torch.set_num_threads(args.threads or ctx.threads)
@@ -90,7 +91,7 @@ class Gan(Program):
         count, channels, height, width = self._images.shape
         self._order = Order(count, args.seed)
         shape = Shape(channels, height, width, args.latent, args.width)
-        half = computes_in_half(args.dtype, ctx.device)
+        half = resolve_dtype(args.dtype, ctx.device) == torch.bfloat16
         self._trainer = Trainer(shape, args.lr, args.beta1, ctx.device, half)
         self._fixed_noise = torch.randn(GRID, args.latent)
         self._sample_every = args.sample_every or max(20, SAMPLE_PIXELS // (height * width))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Generator(nn.Module):
         self.first = nn.Linear(shape.latent, widths[0] * self.base[0] * self.base[1], bias=False)
         self.norm = nn.BatchNorm2d(widths[0])
         steps: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             doubled = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)
             steps += [doubled, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         self.body = nn.Sequential(*steps)

@@ -59,7 +59,9 @@ def write_grid(path: Path, images: Tensor) -> None:
     columns = int(batch**0.5)
     rows = batch // columns
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).byte().numpy()
-    grid = np.zeros((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), np.uint8)
+    grid = np.zeros(
+        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), np.uint8
+    )
     for i in range(rows * columns):
         top, left = i // columns * (height + GAP), i % columns * (width + GAP)
         grid[top : top + height, left : left + width] = pixels[i].transpose(1, 2, 0)

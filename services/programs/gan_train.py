@@ -120,7 +120,7 @@ class Trainer:
     def _apply(self, net: str, loss: Tensor) -> None:
         optimizer = self._optimizers[net]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     def _placed(self, net: nn.Module) -> Any:
-        return net.to(self.device, memory_format=torch.channels_last)
+        return net.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _adam(self, net: nn.Module, lr: float, beta1: float) -> torch.optim.Adam:
         return torch.optim.Adam(net.parameters(), lr, (beta1, 0.99), fused=True)
@@ -151,10 +151,3 @@ def _slots(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tenso
             index, _, slot = key[len(prefix) :].partition("/")
             found.setdefault(int(index), {})[slot] = tensor
     return found
-
-
-def computes_in_half(dtype: str, device: str) -> bool:
-    """Whether to compute in bfloat16; `auto`: where the device does so faster."""
-    if dtype != "auto":
-        return dtype == "bfloat16"
-    return bool(device != "cpu" or torch.cpu._is_avx512_bf16_supported())

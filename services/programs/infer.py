@@ -32,10 +32,15 @@ class Infer(Program):
         temperature: float = arg(0.8, help="0 takes the likeliest token (greedy)", minimum=0)
         top_k: int = arg(40, help="draw from the K likeliest tokens; 0: from all", minimum=0)
         top_p: float = arg(
-            0.95, help="draw from the likeliest tokens that hold this probability", minimum=0, maximum=1
+            0.95,
+            help="draw from the likeliest tokens that hold this probability",
+            minimum=0,
+            maximum=1,
         )
         seed: int | None = arg(None, help="the same seed gives the same text; default: the pid")
-        stop: list[str] = arg([], help="end before this text appears (repeatable)", metavar="TEXT")
+        stop: list[str] = arg(  # noqa: RUF009  (each gets a list of its own)
+            [], help="end before this text appears (repeatable)", metavar="TEXT"
+        )
         raw: bool = arg(False, help="give the prompt as it is, without the model's chat template")
         dtype: str = arg(
             "auto", help="number format of the weights", choices=("auto", "float32", "bfloat16")
@@ -48,4 +53,6 @@ class Infer(Program):
     def plan(cls, args: Any) -> Footprint:
         from llmos.services.programs.engine_plan import plan_guest
 
-        return plan_guest(args.model, args.dtype, args.max_tokens)
+        # A token of the prompt is a byte of it at least.
+        tokens = len(args.prompt.encode()) + args.max_tokens
+        return plan_guest(args.model, args.dtype, tokens)

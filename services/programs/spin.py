@@ -75,7 +75,8 @@ class Spin(Program):
         """The same update in each step, so that a continued run can be compared bit for bit."""
         if self.args.busy_ms == 0:
             return state * 0.999
-        return (self._turn @ state).tanh()
+        turned: Tensor = (self._turn @ state).tanh()
+        return turned
 
     def _burn(self, busy_s: float) -> None:
         import torch

@@ -26,8 +26,6 @@ NAMES: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in nam
 # Programs that have a verb of their own, by the program's name.
 PROGRAM_VERBS = {"infer": "run", "chat": "chat"}
 
-ALIASES = {"list": "ps", "ls": "models", "stop": "kill", "mount": "mem", "free": "mem"}
-
 
 def load(name: str) -> Command:
     """The command of a name in `NAMES`; only its own module is imported."""

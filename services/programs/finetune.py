@@ -1,0 +1,52 @@
+"""The program that goes on training a model on text or on answers. No torch at import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmos.services.programs.base import Context, Footprint, arg
+from llmos.services.programs.lm_args import TrainingArgs
+from llmos.services.programs.lm_program import TrainingProgram
+
+
+class Finetune(TrainingProgram):
+    name: ClassVar[str] = "finetune"
+    summary: ClassVar[str] = "Go on training a model, on text or on prompts with answers"
+    examples: ClassVar[tuple[str, ...]] = (
+        "llmos finetune bard questions.jsonl --out bard-answers",
+        "llmos finetune stories15M stories.txt --out mine --method lora --lora-rank 16",
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Args(TrainingArgs):
+        model: str = arg(help="the model to go on from", positional=True, model=True)
+        data: str = arg(
+            help="text (.txt, .jsonl), or .jsonl rows with prompt and answer, or messages; "
+            "each also .gz",
+            positional=True,
+            path=True,
+        )
+        method: str = arg(
+            "full", help="train every weight, or a LoRA adapter", choices=("full", "lora")
+        )
+        lora_rank: int = arg(8, help="rank of the adapter", minimum=1)
+        lora_alpha: float = arg(16.0, help="scale of the adapter", minimum=0)
+        lora_dropout: float = arg(0.0, help="dropout of the adapter", minimum=0, maximum=0.99)
+        lora_targets: list[str] = arg([], help="linear layers it changes (default: all)")
+        epochs: float = arg(3.0, help="times the data is seen", minimum=0.001)
+        steps: int = arg(0, help="steps of training, in place of epochs", minimum=0)
+        lr: float = arg(5e-4, help="highest learning rate", minimum=0)
+        batch: int = arg(8, help="examples in a micro-batch", minimum=1)
+        context: int = arg(256, help="tokens in an example", minimum=2)
+
+    @classmethod
+    def plan(cls, args: Args) -> Footprint:
+        from llmos.services.programs.lm_plan import plan_finetune
+
+        return plan_finetune(args)
+
+    def load(self, ctx: Context) -> None:
+        from llmos.services.programs.lm_start import start_finetune
+
+        self.session = start_finetune(ctx, self.args)

@@ -1,0 +1,64 @@
+"""What a GAN will hold, predicted from the shapes of its networks; nothing is allocated."""
+# ruff: noqa: TID253  (imported by `plan` only, in a child that has torch at hand)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmos.services.model.load import resolve_dtype
+from llmos.services.programs.base import Footprint, Segment
+from llmos.services.programs.gan_nets import Discriminator, Generator, Shape
+from llmos.services.programs.gan_pictures import read_images
+
+# Private memory of a worker with torch that has computed once, beside its tensors.
+CONTEXT_BYTES = 96 * 2**20
+
+
+def plan_gan(args: Any) -> Footprint:
+    """Reads the images (their shapes are in the data, and a bad file is refused now)."""
+    images = read_images(Path(args.data))
+    _, channels, height, width = images.shape
+    shape = Shape(channels, height, width, args.latent, args.width)
+    with torch.device("meta"):
+        generator, discriminator = Generator(shape), Discriminator(shape)
+        noise = torch.empty(args.batch, args.latent)
+        real = torch.empty(args.batch, channels, height, width)
+        # The discriminator runs three times in an update, and two of these are kept together.
+        outputs = _output_numbers(generator, noise) + 2 * _output_numbers(discriminator, real)
+    one, other = _bytes(generator), _bytes(discriminator)
+    half = resolve_dtype(args.dtype) == torch.bfloat16
+    # Kept for the backward pass in the format of computing, and gradients of the largest again.
+    activations = outputs * (2 if half else 4) * 2
+    return Footprint(
+        (
+            Segment("weights", 2 * one + other),  # the average is a second generator
+            Segment("gradients", one + other),
+            Segment("optimizer", 2 * (one + other)),
+            Segment("activations", activations + images.nbytes),
+            Segment("context", CONTEXT_BYTES),
+        )
+    )
+
+
+def _bytes(net: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in net.state_dict().values())
+
+
+def _output_numbers(net: nn.Module, argument: Tensor) -> int:
+    """How many numbers all layers put out together in one forward pass."""
+    count = 0
+
+    def add(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        nonlocal count
+        count += output.numel()
+
+    leaves = [m for m in net.modules() if not list(m.children())]
+    hooks = [leaf.register_forward_hook(add) for leaf in leaves]
+    net(argument)
+    for hook in hooks:
+        hook.remove()
+    return count

@@ -1,0 +1,107 @@
+# ruff: noqa: TID253  (imported lazily, by workers only)
+"""One step of a training, and the loss on held-out examples.
+
+It does not know where examples come from, when a run ends, or what a checkpoint is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llmos.services.data.packing import IGNORE, Examples
+from llmos.services.optim import optimizers, schedules
+from llmos.services.programs.lm_args import TrainingArgs
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step reports."""
+
+    loss: float
+    tokens_per_s: float
+    lr: float
+
+
+class Loop:
+    """A model with its optimizer. The weights are float32; products run in `dtype`."""
+
+    def __init__(
+        self, model: PreTrainedModel, args: TrainingArgs, lr: float, device: str, dtype: torch.dtype
+    ) -> None:
+        # accelerate keeps its settings for the whole OS process; a worker has one training.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        precision = "bf16" if dtype is torch.bfloat16 else "no"
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        self.args = args
+        self.peak_lr = lr
+        self.model = model.to(self.accelerator.device)
+        trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in trainable]
+        self.optimizer = optimizers.build(args.optimizer, trainable, lr, args.weight_decay)
+        self._earlier: torch.Tensor | None = None
+
+    def train(
+        self, examples: Examples, indices: npt.NDArray[np.int64], progress: float
+    ) -> Measured:
+        """One step on the examples, in micro-batches: the mean loss over all labels moves it.
+
+        `progress` in [0, 1] sets the learning rate. On CUDA the loss of the step before is
+        reported: to ask for this one would make the CPU wait for the device.
+        """
+        began = time.perf_counter()
+        self.model.train()
+        factor = schedules.factor(self.args.schedule, progress, self.args.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak_lr * factor
+        targets = sum(examples.targets(int(i)) for i in indices)
+        losses, seen = [], 0
+        for start in range(0, len(indices), self.args.batch):
+            inputs, labels = examples.batch(indices[start : start + self.args.batch])
+            with self.accelerator.autocast():
+                loss = self._sum_of_losses(inputs, labels) / max(1, targets)
+            self.accelerator.backward(loss)
+            losses.append(loss.detach())
+            seen += inputs.size
+        if self.args.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.args.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = self._reported(torch.stack(losses).sum() if len(losses) > 1 else losses[0])
+        return Measured(total, seen / (time.perf_counter() - began), self.peak_lr * factor)
+
+    @torch.no_grad()
+    def evaluate(
+        self, examples: Examples, indices: npt.NDArray[np.int64]
+    ) -> tuple[float, int]:
+        """(sum of the losses, number of labels) over the examples, without dropout."""
+        self.model.eval()
+        inputs, labels = examples.batch(indices)
+        with self.accelerator.autocast():
+            loss = self._sum_of_losses(inputs, labels)
+        return float(loss), int((labels != IGNORE).sum())
+
+    def _sum_of_losses(
+        self, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+    ) -> torch.Tensor:
+        device = self.accelerator.device
+        ids = torch.from_numpy(np.ascontiguousarray(inputs)).to(device, non_blocking=True)
+        wanted = torch.from_numpy(np.ascontiguousarray(labels)).to(device, non_blocking=True)
+        logits = self.model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+
+    def _reported(self, loss: torch.Tensor) -> float:
+        if loss.device.type == "cpu":
+            return loss.item()
+        before, self._earlier = self._earlier, loss
+        return (loss if before is None else before).item()

@@ -1,0 +1,31 @@
+"""What `pretrain` and `finetune` have in common as programs. No torch at import.
+
+It does not know how either makes its model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from llmos.services.programs.base import Context, Done, Idle, Program, Report
+
+if TYPE_CHECKING:
+    from llmos.services.programs.lm_session import Session
+
+
+class TrainingProgram(Program):
+    """A program whose work is a Session; subclasses make it in `load`."""
+
+    group: ClassVar[str] = "training"
+    has_checkpoint: ClassVar[bool] = True
+    session: Session
+
+    def step(self, ctx: Context) -> Report | Done | Idle:
+        return self.session.step()
+
+    def save(self, folder: Path) -> None:
+        self.session.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        self.session.restore(folder)

@@ -1,0 +1,82 @@
+# ruff: noqa: TID253  (imported lazily, by workers only)
+"""Write and read what a training needs beside its weights: optimizer and random generators.
+
+Safetensors and JSON only. It does not know models or data.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmos.kernel.errors import BadInput
+
+OPTIMIZER, RANDOM = "optimizer.safetensors", "random.safetensors"
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, Any]:
+    """Write the tensors of an optimizer; returns the rest of its state, as plain values."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.contiguous()
+            else:
+                plain[f"{index}.{key}"] = value
+    save_file(tensors, folder / OPTIMIZER)
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in state["param_groups"]]
+    return {"values": plain, "groups": groups}
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, folder: Path, rest: dict[str, Any]
+) -> None:
+    """Bring an optimizer over the same parameters back to what was saved."""
+    state: dict[int, dict[str, Any]] = {}
+    # Cloned: a tensor in a file mapping may be unaligned, and other kernels would run on it.
+    saved = {key: value.clone() for key, value in load_file(folder / OPTIMIZER).items()}
+    for place, value in {**saved, **rest["values"]}.items():
+        index, _, key = place.partition(".")
+        state.setdefault(int(index), {})[key] = value
+    now = optimizer.state_dict()["param_groups"]
+    if len(now) != len(rest["groups"]):
+        raise BadInput("the checkpoint was made by another optimizer", "use the one it was made by")
+    groups = [
+        {**new, **old, "params": new["params"]} for new, old in zip(now, rest["groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def seed_all(seed: int) -> None:
+    """Seed every generator that a training draws from."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))  # noqa: NPY002  (others' code draws from the global one)
+    torch.manual_seed(seed)
+
+
+def save_random(folder: Path) -> dict[str, Any]:
+    """Write the states of torch's generators; returns those of python and numpy."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        for i, state in enumerate(torch.cuda.get_rng_state_all()):
+            states[f"cuda{i}"] = state
+    save_file(states, folder / RANDOM)
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def restore_random(folder: Path, rest: dict[str, Any]) -> None:
+    version, internal, gauss = rest["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *others = rest["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *others))  # noqa: NPY002
+    states = {key: value.clone() for key, value in load_file(folder / RANDOM).items()}
+    torch.set_rng_state(states["cpu"])
+    for i in range(len(states) - 1):
+        torch.cuda.set_rng_state(states[f"cuda{i}"], i)

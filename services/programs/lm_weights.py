@@ -1,0 +1,114 @@
+# ruff: noqa: TID253  (imported lazily, by workers only)
+"""The weights of a training: how they are checkpointed, restored and made into a model folder.
+
+It does not know optimizers or data. `Whole` moves every weight; `Adapter` (LoRA, Hu et al. 2022)
+keeps the model and learns low-rank additions to its linear layers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from llmos.kernel.errors import BadArgument
+from llmos.services.model.load import load_causal_lm
+
+
+class Weights(Protocol):
+    """What a session asks of the weights."""
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of what is trained, in float32."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Bring the very bits back, into the memory that the training uses."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write an ordinary model folder."""
+        ...
+
+
+class Whole:
+    """Every weight is trained."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def restore(self, folder: Path) -> None:
+        saved = load_causal_lm(folder, "float32").state_dict()
+        # Copied in place: the parameters stay in the aligned memory they were made in.
+        self.model.load_state_dict(saved)
+
+    def export(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+
+class Adapter:
+    """Only a LoRA adapter is trained; `base` names the model that it belongs to."""
+
+    def __init__(self, model: PeftModel, base: str) -> None:
+        self.model = model
+        self.base = base
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def restore(self, folder: Path) -> None:
+        set_peft_model_state_dict(self.model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
+
+    def export(self, folder: Path) -> None:
+        """The merged model, and the adapter alone in `adapter/`."""
+        self.model.save_pretrained(folder / "adapter")
+        fresh = load_causal_lm(self.base, "float32")
+        merged = PeftModel.from_pretrained(fresh, str(folder / "adapter")).merge_and_unload()
+        merged.save_pretrained(folder)
+
+
+def align(model: torch.nn.Module) -> None:
+    """Copy weights that lie in a file mapping into memory of torch's own, aligned to 64 bytes.
+
+    Other kernels run on unaligned memory, and other kernels round differently.
+    """
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+
+
+def add_adapter(
+    model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: list[str]
+) -> PeftModel:
+    """The model with a new LoRA adapter; the rest of it is frozen. Raises BadArgument."""
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
+    if not set(linear) - set(head):
+        raise BadArgument(
+            f"a model of type {model.config.model_type} has no linear layers for LoRA",
+            "use --method full",
+        )
+    known = {name.rpartition(".")[2] for name in linear}
+    if unknown := sorted(set(targets) - known):
+        raise BadArgument(
+            f"the model has no linear layer {', '.join(unknown)}",
+            f"it has {', '.join(sorted(known))}",
+        )
+    chosen: Any = targets or "all-linear"
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=chosen,
+        task_type="CAUSAL_LM",
+    )
+    adapted: PeftModel = get_peft_model(model, config)
+    return adapted

@@ -1,0 +1,130 @@
+"""Programs as commands: pretrain, finetune, gan and whatever plugins add, from the manifest.
+
+Knows no program: flags, help and behaviour follow from the schema.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Any
+
+from llmos.kernel.errors import NoKernel
+from llmos.shell import commands
+from llmos.shell.context import Context
+from llmos.shell.follow import follow
+from llmos.shell.options import Command, Option, Usage, Values, from_schema
+from llmos.shell.render import plural, size
+from llmos.shell.resolve import nearest_hint
+
+# What every program takes besides its own arguments; one of its own goes before.
+COMMON = (
+    Option("detach", "do not wait: print the pid and return", type="bool", short="-d"),
+    Option("name", "a name for the process"),
+    Option("nice", "-20 ... 19; lower is more important", type="int", minimum=-20, maximum=19),
+    Option("class", "which processes it goes before", choices=("interactive", "batch", "idle")),
+    Option("device", "run on this device; default: the kernel chooses"),
+    Option("restart", "what happens when it fails", choices=("no", "on-failure", "always")),
+    Option("dry_run", "only say what it would take", type="bool"),
+)
+
+
+def program_command(ctx: Context, name: str) -> Command:
+    """The command of a program. Raises Usage when there is none, NoKernel when nobody can tell."""
+    manifest = ctx.manifest()
+    if manifest is None:
+        _refuse_without_manifest(ctx, name)
+    programs = manifest["programs"] if manifest else {}
+    schema = programs.get(name)
+    if schema is None or schema["hidden"] or name in commands.PROGRAM_VERBS:
+        verb = commands.PROGRAM_VERBS.get(name)
+        hint = f"use `llmos {verb}`" if verb else unknown_hint(name, programs)
+        raise Usage(f"there is no command {name!r}", hint)
+    return make(name, schema)
+
+
+def make(verb: str, schema: dict[str, Any], extra: tuple[Option, ...] = ()) -> Command:
+    """A command that runs a program."""
+    own = from_schema(schema)
+    taken = {o.name for o in own} | {o.name for o in extra}
+    common = tuple(o for o in COMMON if o.name not in taken)
+
+    def run(ctx: Context, values: Values) -> int:
+        return launch(ctx, schema, values)
+
+    return Command(
+        name=verb,
+        summary=schema["summary"],
+        run=run,
+        options=(*own, *extra, *common),
+        examples=tuple(schema["examples"]),
+    )
+
+
+def launch(ctx: Context, schema: dict[str, Any], values: Values) -> int:
+    """Submit a program and show it until it ends, or print its pid."""
+    args = {f["name"]: values[f["name"]] for f in schema["args"] if f["name"] in values}
+    options = {o.name: values[o.name] for o in COMMON if o.name in values and o.name not in args}
+    if options.get("dry_run"):
+        return _dry_run(ctx, schema["name"], args, options.get("device", ""))
+    detach = bool(options.get("detach"))
+    ends_with_us = schema["on_interrupt"] == "kill" and not detach and not ctx.interactive
+    with ctx.client() as client:
+        pid = client.submit(
+            schema["name"],
+            args,
+            name=options.get("name", ""),
+            nice=options.get("nice", 0),
+            cls=options.get("class", ""),
+            device=options.get("device", ""),
+            restart=options.get("restart", "no"),
+            attached=ends_with_us,
+        )
+        if ctx.on_submit is not None:
+            ctx.on_submit(pid, schema["name"])
+        if detach:
+            ctx.print(str(pid))
+            return 0
+        return follow(ctx, client, pid, schema, stats=bool(values.get("stats")))
+
+
+def _dry_run(ctx: Context, program: str, args: dict[str, Any], device: str) -> int:
+    with ctx.client() as client:
+        plan = client.plan(program, args, device=device)
+    segments = plan.get("footprint", [])
+    total = sum(int(s["bytes"]) for s in segments)
+    ctx.print(f"{program} would take {size(total)} of memory on {plan.get('device') or 'a device'}:")
+    ctx.lines(f"  {s['kind']:<12} {size(s['bytes']):>7}" for s in segments)
+    shown = {"footprint", "device"}
+    ctx.lines(f"{key.replace('_', ' ')}: {v}" for key, v in plan.items() if key not in shown and v)
+    return 0
+
+
+def unknown_hint(name: str, programs: dict[str, Any]) -> str:
+    """The nearest command, or where the list is."""
+    visible = [n for n, s in programs.items() if not s["hidden"] and n not in commands.PROGRAM_VERBS]
+    near = nearest_hint(name, [*commands.NAMES, *visible])
+    return near if near.startswith("did you mean") else "`llmos help` lists the commands"
+
+
+def _refuse_without_manifest(ctx: Context, name: str) -> None:
+    installed = {p.name for p in metadata.entry_points(group="llmos.programs")}
+    if name not in installed or name in commands.PROGRAM_VERBS:
+        return
+    raise NoKernel(
+        f"no kernel runs for the home {ctx.home.path}, and it has never had one: "
+        f"the flags of `{name}` are not known yet",
+        "start one with `llmos boot`",
+    )
+
+
+def listing(manifest: dict[str, Any] | None) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Programs by group, for `help`: those that have no verb of their own."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name, schema in sorted((manifest or {"programs": {}})["programs"].items()):
+        if not schema["hidden"] and name not in commands.PROGRAM_VERBS:
+            groups.setdefault(schema["group"].capitalize(), []).append((name, schema["summary"]))
+    return sorted(groups.items())
+
+
+def counted(n: int) -> str:
+    return plural(n, "process")

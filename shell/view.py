@@ -1,0 +1,200 @@
+"""The records of one process on the terminal: text on stdout, progress and notes on stderr.
+
+On a terminal progress is a bar that stays in place; elsewhere a line every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from types import TracebackType
+from typing import Any, Self
+
+from llmos.shell.client import Record
+from llmos.shell.context import Context, encodable
+from llmos.shell.render import clean, clean_text, count, duration, number
+
+LINE_EVERY_S = 5.0  # where there is no bar: often enough to see that it lives
+_RATE_STEPS = 50  # the rate that the ETA is made from is an average over so many reports
+
+# How metrics are called on one line; those that are not named here keep their names.
+_SHORT = {
+    "tokens_per_s": "tok/s",
+    "images_per_s": "img/s",
+    "samples_per_s": "samples/s",
+    "learning_rate": "lr",
+    "loss_generator": "G",
+    "loss_discriminator": "D",
+    "generator_loss": "G",
+    "discriminator_loss": "D",
+}
+_HIDDEN = frozenset({"lr", "epoch", "grad_norm", "learning_rate"})
+
+
+class View:
+    """Shows records one after the other; a context manager that leaves the terminal clean."""
+
+    def __init__(self, ctx: Context, label: str, stats: bool = False) -> None:
+        self.made_text = False
+        self.elapsed_s = 0.0
+        self._ctx = ctx
+        self._label = label
+        self._stats = stats
+        self._at_line_start = True
+        self._pace: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS)
+        self._began_at: float | None = None
+        self._last_line_at = 0.0
+        self._last: Record | None = None
+        self._bar: Bar | None = None
+        self._shown_last = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._last is not None and not self._shown_last:
+            self._ctx.say(self._line(self._last))
+        if not self._at_line_start and self._ctx.stdout_is_terminal:
+            print(flush=True)
+
+    def show(self, record: Record) -> None:
+        match record["kind"]:
+            case "text":
+                self._text(str(record["text"]))
+            case "progress":
+                self._progress(record)
+            case "note":
+                self.note(str(record["text"]))
+            case "sample":
+                self.note(f"sample: {record.get('path', '')}")
+            case "eval":
+                self.note(f"evaluation: {metrics_line(record.get('metrics', {}))}")
+            case "restored":
+                self.note(f"goes on from its checkpoint at step {record.get('step', '?')}")
+            case _:
+                return  # a newer kernel may tell more than this shell can show
+
+    def remember(self, record: Record) -> None:
+        """Take a record into account that was there before, without showing it."""
+        if record["kind"] == "progress":
+            self._note_progress(record)
+            self._shown_last = False
+        elif record["kind"] == "text":
+            self._text(str(record["text"]))
+
+    def note(self, text: str) -> None:
+        text = clean(text)
+        if not self._at_line_start and self._ctx.stdout_is_terminal:
+            print(flush=True)
+            self._at_line_start = True
+        if self._bar is not None:
+            self._bar.print(text)
+        else:
+            self._ctx.say(text)
+
+    def statistics(self, result: Record) -> None:
+        """What an answer cost, for `--stats`."""
+        if not self._stats:
+            return
+        first, rate = result.get("first_token_s"), result.get("tokens_per_s")
+        parts = [f"{result.get('tokens', 0)} tokens"]
+        parts += [f"first after {first * 1000:.0f} ms"] if first is not None else []
+        parts += [f"{rate:.1f} tokens/s"] if rate else []
+        self._ctx.say(" · ".join(parts))
+
+    def _text(self, text: str) -> None:
+        if not text:
+            return
+        self.made_text = True
+        if self._ctx.stdout_is_terminal:
+            text = clean_text(text)
+        sys.stdout.write(encodable(text, sys.stdout))
+        sys.stdout.flush()
+        self._at_line_start = text.endswith("\n")
+
+    def _progress(self, record: Record) -> None:
+        self._note_progress(record)
+        if self._ctx.stderr_is_terminal:
+            if self._bar is None:
+                self._bar = Bar(self._label)
+            self._bar.update(int(record["step"]), record.get("total"), self._details(record))
+            return
+        self._shown_last = record["at"] - self._last_line_at >= LINE_EVERY_S
+        if self._shown_last:
+            self._last_line_at = record["at"]
+            self._ctx.say(self._line(record))
+
+    def _note_progress(self, record: Record) -> None:
+        self._last = record
+        self._began_at = record["at"] if self._began_at is None else self._began_at
+        self.elapsed_s = record["at"] - self._began_at
+        self._pace.append((record["at"], int(record["step"])))
+
+    def _line(self, record: Record) -> str:
+        total = record.get("total")
+        steps = f"{record['step']}/{total}" if total else str(record["step"])
+        return f"{self._label}: step {steps}  {self._details(record)}".rstrip()
+
+    def _details(self, record: Record) -> str:
+        parts = [metrics_line(record.get("metrics", {}))]
+        left = self._left_s(record)
+        if left is not None:
+            parts.append(f"eta {duration(left)}")
+        return "  ".join(part for part in parts if part)
+
+    def _left_s(self, record: Record) -> float | None:
+        """Seconds to the end at the recent pace, preemptions included."""
+        (at, step), total = self._pace[0], record.get("total")
+        done, took = record["step"] - step, record["at"] - at
+        if not total or done <= 0 or took <= 0:
+            return None
+        return max(0.0, (total - record["step"]) * took / done)
+
+
+def metrics_line(metrics: dict[str, Any]) -> str:
+    """"loss 3.412  tok/s 15.2k": what a person watches."""
+    parts = []
+    for name, value in metrics.items():
+        if name in _HIDDEN:
+            continue
+        text = count(value) if name.endswith("_per_s") else number(value)
+        parts.append(f"{_SHORT.get(name, name)} {text}")
+    return "  ".join(parts)
+
+
+class Bar:
+    """A progress bar on stderr; lines printed meanwhile appear above it."""
+
+    def __init__(self, label: str) -> None:
+        # Here and not above: rich costs more to import than most commands take to run.
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=18),
+            TextColumn("{task.fields[steps]}", markup=False),
+            TextColumn("{task.fields[details]}", markup=False),
+            console=self._console,
+            refresh_per_second=5,
+            redirect_stdout=False,
+        )
+        self._task = self._progress.add_task(label, total=None, steps="", details="")
+        self._progress.start()
+
+    def update(self, step: int, total: int | None, details: str) -> None:
+        steps = f"{step}/{total}" if total else str(step)
+        self._progress.update(
+            self._task, completed=step, total=total, steps=steps, details=details
+        )
+
+    def print(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()

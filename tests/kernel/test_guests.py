@@ -1,0 +1,143 @@
+"""An engine with guests: processes that execute in the worker of another."""
+
+from __future__ import annotations
+
+import pytest
+from llmos.kernel import events as ev
+from llmos.kernel.process import Class, State
+from support.toy import Toy
+
+
+def test_three_guests_share_one_engine() -> None:
+    toy = Toy()
+    guests = [toy.submit_guest(tokens=20) for _ in range(3)]
+    toy.run(5)
+    assert [toy.proc(g).exit_status for g in guests] == [0, 0, 0]
+    assert len([o for o in toy.orders if isinstance(o, ev.StartWorker)]) == 1
+    engine = toy.proc(1)
+    assert (engine.state, engine.reason) == (State.WAITING, "idle")
+
+
+def test_device_seconds_are_split_among_the_guests_by_tokens() -> None:
+    toy = Toy()
+    long, short = toy.submit_guest(tokens=100), toy.submit_guest(tokens=10)
+    toy.run(5)
+    assert toy.proc(long).device_seconds > 4 * toy.proc(short).device_seconds
+    busy = toy.core.m.devices["sim0"].busy_s
+    assert sum(p.device_seconds for p in toy.core.m.procs.values()) == pytest.approx(busy)
+
+
+def test_a_batch_guest_never_rides_past_a_waiting_training() -> None:
+    toy = Toy()
+    training = toy.submit(steps=10_000, step_s=0.05)
+    urgent = toy.submit_guest(tokens=200)
+    batch = toy.submit_guest(tokens=200, cls=Class.BATCH)
+    toy.run(1)
+    assert toy.state(urgent) is State.RUNNING
+    assert toy.proc(batch).device_seconds == 0 or toy.proc(batch).progress == {}
+    assert toy.state(training) is State.PREEMPTED
+    toy.run(30)
+    assert toy.proc(urgent).exit_status == 0
+    assert toy.proc(batch).exit_status == 0
+    assert toy.proc(training).device_seconds > 10
+
+
+def test_killing_a_guest_leaves_the_engine_and_the_others() -> None:
+    toy = Toy()
+    a, b = toy.submit_guest(tokens=100), toy.submit_guest(tokens=20)
+    toy.run(0.2)
+    toy.do(ev.KillAsked(a, 2))
+    assert toy.proc(a).exit_status == 130
+    toy.run(5)
+    assert toy.proc(b).exit_status == 0
+    assert toy.proc(1).live
+
+
+def test_a_guest_that_waits_for_input_gives_the_device_back() -> None:
+    toy = Toy()
+    training = toy.submit(steps=10_000)
+    chat = toy.submit_guest(tokens=1000)
+    toy.run(0.5)
+    worker = toy.worker(2)
+    toy.do(ev.GuestIdle(worker, chat))
+    toy.do(ev.WorkerIdle(worker, 1))
+    toy.run(0.2)
+    assert (toy.state(chat), toy.proc(chat).reason) == (State.WAITING, "input")
+    assert toy.state(training) is State.RUNNING
+    toy.do(ev.InputGiven(chat, {"prompt": "and?"}))
+    toy.run(0.01)
+    assert toy.state(chat) is State.RUNNING
+    assert toy.state(training) is State.PREEMPTED
+
+
+def test_an_idle_word_that_crossed_a_new_guest_counts_for_nothing() -> None:
+    toy = Toy()
+    toy.submit_guest(tokens=3)
+    toy.run(0.03)
+    worker = toy.worker(1)
+    seen = toy.core.m.workers[worker].admits_sent
+    late = toy.submit_guest(tokens=3)
+    toy.do(ev.WorkerIdle(worker, seen - 1))
+    assert toy.state(late) in (State.READY, State.RUNNING)
+    toy.run(1)
+    assert toy.proc(late).exit_status == 0
+
+
+def test_an_idle_engine_leaves_after_keep_alive() -> None:
+    toy = Toy()
+    toy.submit_guest(tokens=3)
+    toy.run(9)
+    assert toy.proc(1).live
+    toy.run(3)
+    assert toy.proc(1).exit_status == 0
+    again = toy.submit_guest(tokens=3)
+    toy.run(1)
+    assert toy.proc(again).exit_status == 0
+
+
+def test_an_idle_engine_makes_room_for_a_training() -> None:
+    toy = Toy(capacity=250)
+    toy.submit_guest(tokens=3)
+    toy.run(1)
+    training = toy.submit(nbytes=100, steps=1)
+    toy.run(1)
+    assert toy.proc(1).exit_status == 0
+    assert "makes room" in toy.proc(1).reason
+    assert toy.proc(training).exit_status == 0
+
+
+def test_an_engine_that_dies_ends_its_guests_with_a_reason() -> None:
+    toy = Toy()
+    guest = toy.submit_guest(tokens=1000)
+    toy.run(0.5)
+    toy.die(1, 137)
+    assert toy.proc(guest).exit_status == 1
+    assert "SIGKILL" in toy.proc(guest).reason
+    again = toy.submit_guest(tokens=3)
+    toy.run(1)
+    assert toy.proc(again).exit_status == 0
+
+
+def test_a_paused_guest_keeps_its_place_and_goes_on() -> None:
+    toy = Toy()
+    guest = toy.submit_guest(tokens=50)
+    toy.run(0.1)
+    toy.do(ev.PauseAsked(guest))
+    assert toy.state(guest) is State.PAUSED
+    rank = [o for o in toy.orders if isinstance(o, ev.Rank)]
+    assert rank[-1].parked
+    toy.do(ev.ResumeAsked(guest))
+    toy.run(5)
+    assert toy.proc(guest).exit_status == 0
+
+
+def test_a_plan_that_fails_takes_the_guests_with_it() -> None:
+    toy = Toy()
+    from llmos.kernel.process import Process, Role
+
+    engine = Process(50, "engine", {}, "u", 0, 0.0, role=Role.ENGINE, engine_key="k")
+    guest = Process(51, "infer", {}, "u", 0, 0.0, role=Role.GUEST, engine_key="k")
+    toy.do(ev.Submitted(guest, engine))
+    toy.do(ev.PlanFailed(50, "broken"))
+    assert toy.core.m.procs == {}
+    assert toy.core.m.engines == {}
