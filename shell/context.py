@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from llmos.kernel.errors import NoKernel
 from llmos.shell.client import Client
 from llmos.shell.home import Home
 from llmos.shell.render import ascii_only
@@ -23,6 +24,7 @@ class Context:
     def __init__(self, home: Home | None = None, interactive: bool = False) -> None:
         self.home = home or Home.find()
         self.interactive = interactive  # inside the interactive shell
+        self._manifest: dict[str, Any] | None = None
         self.on_submit: Callable[[int, str], None] | None = None  # it keeps its jobs by this
 
     @contextlib.contextmanager
@@ -33,13 +35,13 @@ class Context:
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest of the running kernel, else the one that the last kernel left."""
-        from llmos.kernel.errors import LlmosError
-
-        try:
-            with self.client() as client:
-                return client.programs()
-        except LlmosError:
-            return self.home.manifest()
+        if self._manifest is None:
+            try:
+                with self.client() as client:
+                    self._manifest = client.programs()
+            except NoKernel:
+                self._manifest = self.home.manifest()
+        return self._manifest
 
     # ---- printing ----
 

@@ -103,9 +103,7 @@ def _interrupted(ctx: Context, pid: int, schema: dict[str, Any]) -> int:
     return INTERRUPTED
 
 
-def report_end(
-    ctx: Context, schema: dict[str, Any], pid: int, ended: Record, view: View
-) -> int:
+def report_end(ctx: Context, schema: dict[str, Any], pid: int, ended: Record, view: View) -> int:
     """Say how a process ended -> its exit status."""
     status = int(ended.get("exit_status") or 0)
     result = ended.get("result") or {}

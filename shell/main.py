@@ -50,7 +50,7 @@ def guarded(argv: list[str], ctx: Context) -> int:
     except OSError as exc:
         complain(ctx, str(exc), "")
         return 1
-    except Exception as exc:  # noqa: BLE001  the last one who can turn a bug into a line
+    except Exception as exc:
         if os.environ.get("LLMOS_DEBUG"):
             raise
         hint = "this is a bug in llmos: LLMOS_DEBUG=1 shows where; please report it"
@@ -105,8 +105,9 @@ def wants_help(command: Command, argv: list[str]) -> bool:
 
 def find(ctx: Context, name: str) -> Command:
     """The command of that name: a built-in one, or a program. Raises Usage, NoKernel."""
-    if name in commands.NAMES:
-        return commands.load(name)
-    from llmos.shell.commands.program import program_command
+    command = commands.load(name) if name in commands.NAMES else None
+    if command is not None and not command.program:
+        return command
+    from llmos.shell.commands.program import program_command, verb_of_program
 
-    return program_command(ctx, name)
+    return verb_of_program(ctx, command) if command else program_command(ctx, name)

@@ -84,6 +84,10 @@ class Command:
     options: tuple[Option, ...] = ()
     details: str = ""
     examples: tuple[str, ...] = ()
+    # The program that this verb runs: its arguments and examples come from the manifest.
+    program: str = ""
+    # Arguments of the program that the verb finds elsewhere when they are not given.
+    optional: tuple[str, ...] = ()
     # Rewrites arguments that no schema describes (`kill -9`) before they are parsed.
     prepare: Callable[[list[str]], list[str]] = field(default=list)
 
@@ -230,26 +234,36 @@ def convert(option: Option, word: str) -> Any:
         )
     match option.type:
         case "int" | "float":
-            value = _number(option, word)
+            return _number(option, word)
         case "duration":
-            value = duration_s(word)
-            if value is None:
-                raise Usage(f"{option.label} takes a time such as 30s, 5m or 2h, not {word!r}")
+            return _duration(option, word)
         case _:
             return word
+
+
+def _check_limits(option: Option, word: str, value: float) -> None:
     if option.minimum is not None and value < option.minimum:
         raise Usage(f"{option.label} is at least {option.minimum:g}, not {word}")
     if option.maximum is not None and value > option.maximum:
         raise Usage(f"{option.label} is at most {option.maximum:g}, not {word}")
-    return value
 
 
 def _number(option: Option, word: str) -> float:
     try:
-        return int(word) if option.type == "int" else float(word)
+        value = int(word) if option.type == "int" else float(word)
     except ValueError:
         kind = "a whole number" if option.type == "int" else "a number"
         raise Usage(f"{option.label} takes {kind}, not {word!r}") from None
+    _check_limits(option, word, value)
+    return value
+
+
+def _duration(option: Option, word: str) -> float:
+    seconds = duration_s(word)
+    if seconds is None:
+        raise Usage(f"{option.label} takes a time such as 30s, 5m or 2h, not {word!r}")
+    _check_limits(option, word, seconds)
+    return seconds
 
 
 def duration_s(word: str) -> float | None:

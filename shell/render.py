@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # What a terminal that is not UTF-8 shows instead.
-_ASCII = {"…": "~", "█": "#", "░": ".", "·": "-", "→": "->", "×": "x"}
+_ASCII = {"…": "~", "█": "#", "░": ".", "·": "-", "→": "->"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def duration(seconds: float | None) -> str:
 
 
 def ago(at: float | None, now: float) -> str:
-    """"3:05 ago", or "-" when it never was."""
+    """ "3:05 ago", or "-" when it never was."""
     return "-" if at is None else f"{duration(max(0.0, now - at))} ago"
 
 

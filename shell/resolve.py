@@ -38,7 +38,7 @@ def schema_of(manifest: dict[str, Any], program: str) -> Schema:
 
 
 def nearest_hint(word: str, known: Any) -> str:
-    """"did you mean X?", or the list of what there is."""
+    """ "did you mean X?", or the list of what there is."""
     import difflib
 
     names = sorted(known)

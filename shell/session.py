@@ -1,4 +1,4 @@
-"""The client's side of the protocol as a pure object: requests in, bytes out; bytes in, answers out.
+"""The client's side of the protocol, pure: requests in, bytes out; bytes in, answers out.
 
 Knows no socket, no clock and no event loop: the blocking and the asyncio client share it.
 """

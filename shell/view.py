@@ -152,11 +152,11 @@ class View:
         done, took = record["step"] - step, record["at"] - at
         if not total or done <= 0 or took <= 0:
             return None
-        return max(0.0, (total - record["step"]) * took / done)
+        return max(0.0, float((total - record["step"]) * took / done))
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:
-    """"loss 3.412  tok/s 15.2k": what a person watches."""
+    """ "loss 3.412  tok/s 15.2k": what a person watches."""
     parts = []
     for name, value in metrics.items():
         if name in _HIDDEN:
@@ -189,9 +189,7 @@ class Bar:
 
     def update(self, step: int, total: int | None, details: str) -> None:
         steps = f"{step}/{total}" if total else str(step)
-        self._progress.update(
-            self._task, completed=step, total=total, steps=steps, details=details
-        )
+        self._progress.update(self._task, completed=step, total=total, steps=steps, details=details)
 
     def print(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

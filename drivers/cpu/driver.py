@@ -159,9 +159,8 @@ class CpuDriver:
     async def measure(self, device: str, system_pids: Sequence[int]) -> MemorySample:
         cores = {w: s.spec.device for w, s in self._workers.items()}
         pids = {w: s.os_pid for w, s in self._workers.items() if s.os_pid and not s.ended}
-        system = [*system_pids, *([self._zygote.os_pid] if self._zygote.os_pid else [])]
         return await self._loop.run_in_executor(
-            None, self._measure, device, pids, cores, system
+            None, self._measure, device, pids, cores, list(system_pids)
         )
 
     def statistics(self) -> dict[str, Any]:
@@ -331,6 +330,8 @@ class CpuDriver:
             for worker, os_pid in pids.items()
         }
         ours = sum(procfs.private_bytes(p) for p in system)
+        # What the zygote shares with its children is counted once, with the zygote.
+        ours += procfs.anonymous_bytes(self._zygote.os_pid) if self._zygote.os_pid else 0
         total, available, _ = probe.memory_bytes()
         mine = {w: n for w, n in everywhere.items() if on[w] == device}
         info = self._found[device].info

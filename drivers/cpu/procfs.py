@@ -62,11 +62,19 @@ def private_bytes(os_pid: int) -> int:
     Private_Dirty counts pages that only this process has and that no file backs. Pages shared
     with the zygote since the fork, and mapped weight files, are not among them.
     """
+    return _rollup(os_pid, ("Private_Dirty:", "Private_Hugetlb:", "Swap:"))
+
+
+def anonymous_bytes(os_pid: int) -> int:
+    """All anonymous memory, shared with children or not: what a zygote is charged with."""
+    return _rollup(os_pid, ("Anonymous:", "Swap:"))
+
+
+def _rollup(os_pid: int, wanted: tuple[str, ...]) -> int:
     try:
         text = Path(f"/proc/{os_pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
-    wanted = ("Private_Dirty:", "Private_Hugetlb:", "Swap:")
     return sum(
         int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(wanted)
     )

@@ -5,7 +5,8 @@ Knows no program: flags, help and behaviour follow from the schema.
 
 from __future__ import annotations
 
-from importlib import metadata
+from dataclasses import replace
+from importlib.metadata import entry_points
 from typing import Any
 
 from llmos.kernel.errors import NoKernel
@@ -13,8 +14,8 @@ from llmos.shell import commands
 from llmos.shell.context import Context
 from llmos.shell.follow import follow
 from llmos.shell.options import Command, Option, Usage, Values, from_schema
-from llmos.shell.render import plural, size
-from llmos.shell.resolve import nearest_hint
+from llmos.shell.render import size
+from llmos.shell.resolve import nearest_hint, schema_of
 
 # What every program takes besides its own arguments; one of its own goes before.
 COMMON = (
@@ -31,37 +32,51 @@ COMMON = (
 def program_command(ctx: Context, name: str) -> Command:
     """The command of a program. Raises Usage when there is none, NoKernel when nobody can tell."""
     manifest = ctx.manifest()
-    if manifest is None:
-        _refuse_without_manifest(ctx, name)
+    if manifest is None and name in {p.name for p in entry_points(group="llmos.programs")}:
+        raise unknown_flags(ctx, name)
     programs = manifest["programs"] if manifest else {}
     schema = programs.get(name)
     if schema is None or schema["hidden"] or name in commands.PROGRAM_VERBS:
         verb = commands.PROGRAM_VERBS.get(name)
         hint = f"use `llmos {verb}`" if verb else unknown_hint(name, programs)
         raise Usage(f"there is no command {name!r}", hint)
-    return make(name, schema)
+    return _of_schema(name, schema)
 
 
-def make(verb: str, schema: dict[str, Any], extra: tuple[Option, ...] = ()) -> Command:
-    """A command that runs a program."""
-    own = from_schema(schema)
-    taken = {o.name for o in own} | {o.name for o in extra}
-    common = tuple(o for o in COMMON if o.name not in taken)
+def verb_of_program(ctx: Context, verb: Command) -> Command:
+    """A verb such as `run` with its program's arguments. Raises NoKernel without a manifest."""
+    manifest = ctx.manifest()
+    if manifest is None:
+        raise unknown_flags(ctx, verb.name)
+    schema = schema_of(manifest, verb.program)
+    own = (replace(o, required=o.required and o.name not in verb.optional)
+           for o in from_schema(schema))  # fmt: skip
+    options = with_common((*own, *verb.options))
+    return replace(verb, options=options, examples=tuple(schema["examples"]))
 
+
+def _of_schema(name: str, schema: dict[str, Any]) -> Command:
     def run(ctx: Context, values: Values) -> int:
-        return launch(ctx, schema, values)
+        return launch(ctx, name, values)
 
     return Command(
-        name=verb,
+        name=name,
         summary=schema["summary"],
         run=run,
-        options=(*own, *extra, *common),
+        options=with_common(from_schema(schema)),
         examples=tuple(schema["examples"]),
     )
 
 
-def launch(ctx: Context, schema: dict[str, Any], values: Values) -> int:
+def with_common(own: tuple[Option, ...]) -> tuple[Option, ...]:
+    """A program's options and those that all programs take; its own go before."""
+    taken = {o.name for o in own}
+    return (*own, *(o for o in COMMON if o.name not in taken))
+
+
+def launch(ctx: Context, program: str, values: Values) -> int:
     """Submit a program and show it until it ends, or print its pid."""
+    schema = schema_of(ctx.manifest() or {"programs": {}}, program)
     args = {f["name"]: values[f["name"]] for f in schema["args"] if f["name"] in values}
     options = {o.name: values[o.name] for o in COMMON if o.name in values and o.name not in args}
     if options.get("dry_run"):
@@ -92,7 +107,9 @@ def _dry_run(ctx: Context, program: str, args: dict[str, Any], device: str) -> i
         plan = client.plan(program, args, device=device)
     segments = plan.get("footprint", [])
     total = sum(int(s["bytes"]) for s in segments)
-    ctx.print(f"{program} would take {size(total)} of memory on {plan.get('device') or 'a device'}:")
+    ctx.print(
+        f"{program} would take {size(total)} of memory on {plan.get('device') or 'a device'}:"
+    )
     ctx.lines(f"  {s['kind']:<12} {size(s['bytes']):>7}" for s in segments)
     shown = {"footprint", "device"}
     ctx.lines(f"{key.replace('_', ' ')}: {v}" for key, v in plan.items() if key not in shown and v)
@@ -101,17 +118,17 @@ def _dry_run(ctx: Context, program: str, args: dict[str, Any], device: str) -> i
 
 def unknown_hint(name: str, programs: dict[str, Any]) -> str:
     """The nearest command, or where the list is."""
-    visible = [n for n, s in programs.items() if not s["hidden"] and n not in commands.PROGRAM_VERBS]
+    visible = [
+        n for n, s in programs.items() if not s["hidden"] and n not in commands.PROGRAM_VERBS
+    ]
     near = nearest_hint(name, [*commands.NAMES, *visible])
     return near if near.startswith("did you mean") else "`llmos help` lists the commands"
 
 
-def _refuse_without_manifest(ctx: Context, name: str) -> None:
-    installed = {p.name for p in metadata.entry_points(group="llmos.programs")}
-    if name not in installed or name in commands.PROGRAM_VERBS:
-        return
-    raise NoKernel(
-        f"no kernel runs for the home {ctx.home.path}, and it has never had one: "
+def unknown_flags(ctx: Context, name: str) -> NoKernel:
+    """The error for a program whose flags nobody can tell yet."""
+    return NoKernel(
+        f"no kernel runs for the home {ctx.home.path}, and none ever did: "
         f"the flags of `{name}` are not known yet",
         "start one with `llmos boot`",
     )
@@ -124,7 +141,3 @@ def listing(manifest: dict[str, Any] | None) -> list[tuple[str, list[tuple[str, 
         if not schema["hidden"] and name not in commands.PROGRAM_VERBS:
             groups.setdefault(schema["group"].capitalize(), []).append((name, schema["summary"]))
     return sorted(groups.items())
-
-
-def counted(n: int) -> str:
-    return plural(n, "process")

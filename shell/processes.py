@@ -1,0 +1,76 @@
+"""Processes as rows of a table, and pids as people name them. Shared by ps and top."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmos.shell.client import Client, Record
+from llmos.shell.render import Column, duration, number, size, table
+from llmos.shell.resolve import pid_of
+
+COLUMNS = (
+    Column("PID", right=True),
+    Column("USER", shrink=4),
+    Column("PROG", shrink=4),
+    Column("NAME", shrink=4),
+    Column("STATE"),
+    Column("CLASS"),
+    Column("NI", right=True),
+    Column("DEV"),
+    Column("MEM", right=True),
+    Column("TIME", right=True),
+    Column("PROGRESS", right=True),
+    Column("REASON", shrink=6),
+)
+_CLASS = {"interactive": "inter"}
+
+
+def process_table(processes: Sequence[Record], width: int) -> list[str]:
+    """The table of `ps`, header first, at most `width` columns (0: no limit)."""
+    return table(COLUMNS, [row(p) for p in processes], width)
+
+
+def row(p: Record) -> tuple[str, ...]:
+    """One process; the columns are COLUMNS."""
+    state = str(p["state"]) if p["exit_status"] in (None, 0) else f"exit {p['exit_status']}"
+    return (
+        str(p["pid"]),
+        p["user"],
+        p["program"],
+        p["name"] or "-",
+        state,
+        str(_CLASS.get(p["class"], p["class"])),
+        str(p["nice"]),
+        p["device"] or "-",
+        memory(p),
+        duration(p["device_seconds"]),
+        progress(p),
+        p["reason"] or "",
+    )
+
+
+def memory(p: Record) -> str:
+    """Measured; what is only promised so far has a tilde."""
+    m = p["memory"]
+    if m["measured_bytes"]:
+        return size(m["measured_bytes"])
+    return f"~{size(m['promised_bytes'])}" if m["promised_bytes"] else "-"
+
+
+def progress(p: Record) -> str:
+    """How far it is: a share where the end is known, else the step."""
+    made = p.get("progress") or {}
+    if not made.get("step"):
+        return "-"
+    total = made.get("total")
+    return f"{made['step']}/{total}" if total else str(made["step"])
+
+
+def loss(p: Record) -> str:
+    value = ((p.get("progress") or {}).get("metrics") or {}).get("loss")
+    return "-" if value is None else number(value)
+
+
+def find_pid(client: Client, word: str) -> int:
+    """The pid that a word means: a number, or the name of a live process."""
+    return int(word) if word.isdigit() else pid_of(client.ps(), word)
