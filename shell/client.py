@@ -266,9 +266,13 @@ class Stream(Iterator[Any]):
         self._id = client.begin(request)
 
     def __next__(self) -> Any:
+        return self.next()
+
+    def next(self, timeout_s: float | None = None) -> Any:
+        """The next item. Raises TimedOut when none comes in time, StopIteration at the end."""
         if self._ended:
             raise StopIteration
-        match self._client.next_answer(self._id):
+        match self._client.next_answer(self._id, timeout_s):
             case Item(value):
                 self.offset = value["offset"]
                 return value[self._key]

@@ -25,6 +25,7 @@ class Context:
         self.home = home or Home.find()
         self.interactive = interactive  # inside the interactive shell
         self._manifest: dict[str, Any] | None = None
+        self.in_background = False  # the line ended with &
         self.on_submit: Callable[[int, str], None] | None = None  # it keeps its jobs by this
 
     @contextlib.contextmanager

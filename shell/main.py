@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from llmos.kernel.errors import LlmosError
 from llmos.shell import commands
@@ -32,10 +33,13 @@ def main() -> None:
     sys.exit(status)
 
 
-def guarded(argv: list[str], ctx: Context) -> int:
+Run = Callable[[list[str], Context], int]
+
+
+def guarded(argv: list[str], ctx: Context, run: Run | None = None) -> int:
     """Run a command line; whatever goes wrong becomes a message and an exit status."""
     try:
-        return dispatch(argv, ctx)
+        return (run or dispatch)(argv, ctx)
     except Usage as exc:
         complain(ctx, exc.message, exc.hint)
         return 2

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from prompt_toolkit.application import Application, get_app
+from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.layout import FormattedTextControl, Layout, Window
 from prompt_toolkit.styles import Style
@@ -153,7 +154,7 @@ class Top:
 
     # ---- what is shown ----
 
-    def _text(self) -> list[Line]:
+    def _text(self) -> StyleAndTextTuples:
         shape = get_app().output.get_size()
         lines = self.lines(shape.columns, shape.rows, time.time())
         output = get_app().output

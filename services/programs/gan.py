@@ -54,7 +54,7 @@ class Gan(Program):
         batch: int = arg(64, help="images in an update", minimum=2)
         latent: int = arg(64, help="numbers that the generator makes an image from", minimum=1)
         width: int = arg(64, help="channels of the networks' largest maps", minimum=4, maximum=512)
-        lr: float = arg(5e-4, help="learning rate of both networks", minimum=0)
+        lr: float = arg(2e-3, help="learning rate of both networks", minimum=0)
         beta1: float = arg(0.5, help="Adam's memory of gradients", minimum=0, maximum=0.999)
         seed: int = arg(0, help="the same seed gives the same run", minimum=0)
         dtype: str = arg(

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from llmos.kernel.errors import BadInput
-from llmos.services.data.base import check_exists, source_for
+from llmos.services.data.images import read_images as images_at
 
 SMALLEST, LARGEST = 8, 64  # pixels of a side that the networks are made for
 GAP = 2  # pixels between two images of a grid
@@ -24,11 +24,8 @@ GAP = 2  # pixels between two images of a grid
 
 def read_images(path: Path) -> npt.NDArray[np.uint8]:
     """The images at `path`: (images, channels, height, width), 0 to 255. Raises BadInput."""
-    check_exists(path)
-    images = source_for(path, "images").read(path)
-    count, channels, height, width = images.shape
-    if channels not in (1, 3):
-        raise BadInput(f"{path}: images have {channels} channels", "give grey or RGB images")
+    images = images_at(path)
+    count, _, height, width = images.shape
     if not all(SMALLEST <= side <= LARGEST for side in (height, width)):
         raise BadInput(
             f"{path}: images of {width} x {height} pixels",
@@ -40,10 +37,10 @@ def read_images(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def as_bytes(images: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    """Images as bytes: a quarter of float32. Other numbers are stretched to 0...255."""
-    if images.dtype == np.uint8:
-        return images.view(np.uint8)
+    """Images as bytes, a quarter of float32. What is not bytes of full range is stretched."""
     low, high = float(images.min()), float(images.max())
+    if images.dtype == np.uint8 and high > 127:
+        return images.view(np.uint8)
     stretched = (images.astype(np.float32) - low) * (255 / max(high - low, 1e-12))
     return stretched.round().astype(np.uint8)
 

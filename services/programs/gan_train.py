@@ -26,6 +26,10 @@ from llmos.services.programs.gan_nets import MODEL_TYPE, Discriminator, Generato
 # a thousand or two, and a longer memory would still show how it began.
 AVERAGE = 0.99
 
+# One-sided label smoothing (Salimans et al. 2016): a discriminator that is never quite sure
+# keeps giving the generator something to learn from.
+REAL = 0.9
+
 
 class Trainer:
     """Both networks, both optimizers, the average, on one device."""
@@ -51,7 +55,10 @@ class Trainer:
             fake = self.generator(self._noise(len(real)))
             real_score = self.discriminator(real)
             fake_score = self.discriminator(fake.detach())
-        loss_d = (softplus(-real_score.float()) + softplus(fake_score.float())).mean()
+        # For a logit s, -log(sigmoid(s)) is softplus(-s); the target of real images is REAL.
+        real_score, fake_score = real_score.float(), fake_score.float()
+        loss_real = REAL * softplus(-real_score) + (1 - REAL) * softplus(real_score)
+        loss_d = (loss_real + softplus(fake_score)).mean()
         self._apply("discriminator", loss_d)
         self.discriminator.requires_grad_(False)
         with self._autocast():

@@ -35,12 +35,12 @@ def program_command(ctx: Context, name: str) -> Command:
     if manifest is None and name in {p.name for p in entry_points(group="llmos.programs")}:
         raise unknown_flags(ctx, name)
     programs = manifest["programs"] if manifest else {}
-    schema = programs.get(name)
-    if schema is None or schema["hidden"] or name in commands.PROGRAM_VERBS:
+    command = program_of(name, {"programs": programs})
+    if command is None:
         verb = commands.PROGRAM_VERBS.get(name)
         hint = f"use `llmos {verb}`" if verb else unknown_hint(name, programs)
         raise Usage(f"there is no command {name!r}", hint)
-    return _of_schema(name, schema)
+    return command
 
 
 def verb_of_program(ctx: Context, verb: Command) -> Command:
@@ -48,11 +48,25 @@ def verb_of_program(ctx: Context, verb: Command) -> Command:
     manifest = ctx.manifest()
     if manifest is None:
         raise unknown_flags(ctx, verb.name)
+    return unify(verb, manifest)
+
+
+def unify(verb: Command, manifest: dict[str, Any]) -> Command:
+    """A verb with its program's arguments. Raises NoSuchThing."""
     schema = schema_of(manifest, verb.program)
-    own = (replace(o, required=o.required and o.name not in verb.optional)
-           for o in from_schema(schema))  # fmt: skip
+    own = (
+        replace(o, required=o.required and o.name not in verb.optional) for o in from_schema(schema)
+    )
     options = with_common((*own, *verb.options))
     return replace(verb, options=options, examples=tuple(schema["examples"]))
+
+
+def program_of(name: str, manifest: dict[str, Any]) -> Command | None:
+    """The command of a program that has no verb of its own; None when there is none."""
+    schema = manifest["programs"].get(name)
+    if schema is None or schema["hidden"] or name in commands.PROGRAM_VERBS:
+        return None
+    return _of_schema(name, schema)
 
 
 def _of_schema(name: str, schema: dict[str, Any]) -> Command:
@@ -97,7 +111,7 @@ def launch(ctx: Context, program: str, values: Values) -> int:
         if ctx.on_submit is not None:
             ctx.on_submit(pid, schema["name"])
         if detach:
-            ctx.print(str(pid))
+            ctx.print(f"[{pid}] {program}" if ctx.in_background else str(pid))
             return 0
         return follow(ctx, client, pid, schema, stats=bool(values.get("stats")))
 

@@ -35,7 +35,9 @@ def _plain(value: list[list[int]]) -> list[str]:
 def _coloured(value: list[list[int]]) -> list[str]:
     lines = []
     for top, bottom in zip(value[::2], value[1::2], strict=False):
-        cells = (f"\x1b[38;5;{_gray(a)};48;5;{_gray(b)}m▀" for a, b in zip(top, bottom, strict=True))
+        cells = (
+            f"\x1b[38;5;{_gray(a)};48;5;{_gray(b)}m▀" for a, b in zip(top, bottom, strict=True)
+        )
         lines.append("".join(cells) + "\x1b[0m")
     return lines
 

@@ -76,7 +76,9 @@ class Demo:
         return asked
 
     def pretrain(self, client: Client, data: Path) -> None:
-        self.head("Pretraining a language model on the documentation; a GAN learns digits beside it")
+        self.head(
+            "Pretraining a language model on the documentation; a GAN learns digits beside it"
+        )
         pid = self.submit(client, "pretrain", data=str(data / "python-docs.txt"), out="docs",
                           time_limit_s=PRETRAIN_S, steps=100_000, vocab_size=2048)  # fmt: skip
         self.watch(client, pid, {0.35: IMPATIENT[0], 0.6: IMPATIENT[1], 0.85: IMPATIENT[2]}, "docs")
@@ -106,7 +108,9 @@ class Demo:
             if scores[seen]:
                 mean = statistics.mean(scores[seen])
                 self.say(f"  token-F1, {label:<17} {mean:.2f}   ({len(scores[seen])} questions)")
-        self.say("  A model this small remembers; it does not know. Unseen answers only sound right.")
+        self.say(
+            "  A model this small remembers; it does not know. Unseen answers only sound right."
+        )
 
     def finish_gan(self, client: Client, pid: int) -> None:
         self.head("The digits that the GAN draws")
@@ -138,7 +142,7 @@ class Demo:
                 f"  {where} llmos boot                   then, for instance:",
                 f'  {where} llmos run answers "What does heapq.merge do?"',
                 f"  {where} llmos chat answers",
-                f"  llmos pretrain YOUR.txt --out mine    the same with your own text",
+                "  llmos pretrain YOUR.txt --out mine    the same with your own text",
                 "  llmos demo --clean                    removes the home of the demo",
             )
         )
@@ -183,7 +187,9 @@ class Demo:
                 self.impatient(client, pid, model, pending.pop(0)[1])
         check_ended(pid, ended)
         if "perplexity" in ended["result"]:
-            self.say(f"  {model} is done: validation perplexity {ended['result']['perplexity']:.1f}")
+            self.say(
+                f"  {model} is done: validation perplexity {ended['result']['perplexity']:.1f}"
+            )
         else:
             self.say(f"  {model} is done")
 
@@ -196,7 +202,9 @@ class Demo:
             self.say(f"  a user was too late: {exc}")
             return
         first = self.first_token_s[-1] * 1000
-        self.say(f"  a user asks {model} as it stands (step {step}; first token after {first:.0f} ms):")
+        self.say(
+            f"  a user asks {model} as it stands (step {step}; first token after {first:.0f} ms):"
+        )
         self.say(f"    {prompt} | {one_line(text)}")
 
     def answer(self, client: Client, model: str, prompt: str, **args: Any) -> str:
