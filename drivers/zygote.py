@@ -18,6 +18,13 @@ from llmos.kernel.wire import Unpacker, pack
 START_LIMIT_S = 120.0
 
 
+# How long an OpenMP thread spins before it sleeps, in loop turns (some tens of microseconds). The
+# default, 300,000, is right for a process that is alone on its cores: with a neighbour, even
+# one that only now and then runs, each barrier burns a time slice and a training falls to a
+# tenth (docs/design/log.md). This costs 0-8 % alone and keeps a third when crowded.
+SPIN_COUNT = "10000"
+
+
 class Zygote(asyncio.Protocol):
     """`told` gets forked, failed, exited and planned. Orders wait until it is ready."""
 
@@ -90,7 +97,8 @@ class Zygote(asyncio.Protocol):
         return True
 
     async def _start(self) -> None:
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1")}
+        environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
+        environment |= dict.fromkeys(THREAD_VARIABLES, "1")
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "llmos.drivers.worker.zygote", str(self.path),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import heapq
 import json
 import os
 import pwd
@@ -65,7 +66,7 @@ class Kernel:
         self.calls = Calls(self)
         self._changed: dict[int, list[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
+        self._alarms: list[float] = []  # a heap of the moments the core wants to be asked at
         self._tickets = 0
         self.plans: dict[int, asyncio.Future[list[dict[str, Any]]]] = {}
         self.planning: dict[int, asyncio.Task[None]] = {}  # engines that are being planned
@@ -88,6 +89,9 @@ class Kernel:
         self._restore(self.journal.open())
 
     def _restore(self, rows: list[tuple[Process, dict[str, Any]]]) -> None:
+        # A pid that has a folder was given away, though its process was never saved.
+        given = [int(p.name) for p in self.home.work(0).parent.iterdir() if p.name.isdigit()]
+        self.next_pid = max([0, *given]) + 1
         # Engines first: then a guest finds its own.
         for proc, worker in sorted(rows, key=lambda r: (r[0].role is not Role.ENGINE, r[0].pid)):
             self.next_pid = max(self.next_pid, proc.pid + 1)
@@ -121,29 +125,36 @@ class Kernel:
             self.devices[row["device"]][1].adopt(spec, row["os_pid"], row["started"])
 
     def _revive_engines(self) -> None:
-        """Guests that were promised an answer need an engine again."""
+        """Guests that were promised an answer need an engine again, one for all of its key."""
         for guest in list(self.core.m.procs.values()):
             if guest.role is not Role.GUEST or not guest.live:
                 continue
-            if self.core.m.engine_of(guest) is not None and guest.engine_key in self.core.m.engines:
+            if guest.engine_key in self.core.m.engines:
+                self.core.m.enter(guest)
                 continue
             if guest.attached:
                 self.post(ev.KillAsked(guest.pid, 1))
                 continue
-            schema = self.manifest["programs"].get(guest.program)
+            schema = self.manifest.get("programs", {}).get(guest.program)
             if schema is not None:
-                self.spawn(self._revive_engine(guest, schema))
+                engine = self.make_engine(schema, guest, guest.uid)
+                self.core.m.enter(engine)
+                self.core.m.enter(guest)
+                engine.move(State.PLANNING, f"made for process {guest.pid}", self.now())
+                self.planning[engine.pid] = self.spawn(self._revive_engine(engine))
 
-    async def _revive_engine(self, guest: Process, schema: dict[str, Any]) -> None:
-        engine = self.make_engine(schema, guest, guest.uid)
-        self.core.m.enter(engine)
-        self.core.m.enter(guest)
-        engine.move(State.PLANNING, f"made for process {guest.pid}", self.now())
+    async def _revive_engine(self, engine: Process) -> None:
         try:
             segments = await self.plan(schema_of(self, engine.program), engine)
-            self.post(ev.Planned(engine.pid, segments))
-        except LlmosError:
-            self.post(ev.PlanFailed(engine.pid, "its model cannot be planned any more"))
+            if engine.live:
+                self.post(ev.Planned(engine.pid, segments))
+        except LlmosError as exc:
+            # Its guests were acknowledged: they end with a reason, and are not forgotten.
+            if engine.live:
+                log(f"no engine for {engine.name}: {exc.message}")
+                self.post(ev.KillAsked(engine.pid, 15))
+        finally:
+            self.planning.pop(engine.pid, None)
 
     async def drain(self) -> dict[str, int]:
         """Stop all workers at a safepoint; those that do not end in time are killed."""
@@ -164,6 +175,8 @@ class Kernel:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._timer is not None:
+            self._timer.cancel()
         for driver in self.drivers.values():
             await driver.close()
         self.journal.close()
@@ -187,11 +200,12 @@ class Kernel:
         self.inbox.take(event)
 
     async def changed(self, pid: int, until: Callable[[Process], bool], limit_s: float | None) -> Process:
-        """Wait until `until(process)` holds. TimedOut after `limit_s`."""
+        """Wait until `until(process)` holds. TimedOut after `limit_s`; NoSuchProcess when the
+        process is refused while somebody waits for it."""
         proc = self.core.m.find(pid)
         try:
             async with asyncio.timeout(limit_s):
-                while not until(proc):
+                while not until(self.core.m.find(pid)):
                     future = self._loop.create_future()
                     self._changed.setdefault(pid, []).append(future)
                     await future
@@ -208,28 +222,38 @@ class Kernel:
 
     def wake_at(self, at: float) -> None:
         """One timer, for the earliest moment that the core wants to be asked again."""
-        if self._timer is not None and self._timer_at <= at and not self._timer.cancelled():
-            if self._timer.when() > self._loop.time():
-                return
+        if at in self._alarms:
+            return
+        heapq.heappush(self._alarms, at)
+        if self._alarms[0] == at:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer_at = at
-        delay = max(0.0, at - self.now())
+        delay = max(0.0, self._alarms[0] - self.now())
         self._timer = self._loop.call_later(delay, self._on_timer)
 
     def _on_timer(self) -> None:
-        self._timer = None
+        self._timer, now = None, self.now()
+        while self._alarms and self._alarms[0] <= now:
+            heapq.heappop(self._alarms)
         self.post(ev.Clock())
+        if self._timer is None and self._alarms:
+            self._set_timer()
 
-    def spawn(self, work: Awaitable[Any]) -> asyncio.Task[Any]:
+    def spawn(self, work: Awaitable[Any], answers: bool = False) -> asyncio.Task[Any]:
+        """Run in the background. With `answers` its LlmosError is somebody's answer, no bug."""
         task: asyncio.Task[Any] = self._loop.create_task(work)  # type: ignore[arg-type]
         self._tasks.add(task)
-        task.add_done_callback(self._task_ended)
+        task.add_done_callback(lambda _: self._task_ended(task, answers))
         return task
 
-    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+    def _task_ended(self, task: asyncio.Task[Any], answers: bool) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
+        if task.cancelled() or task.exception() is None:
+            return
+        if not (answers and isinstance(task.exception(), LlmosError)):
             self._loop.call_exception_handler(
                 {"message": "a task of the kernel failed", "exception": task.exception()}
             )
@@ -248,7 +272,7 @@ class Kernel:
         args |= {name: guest.args[name] for name in schema["engine_args"] if name in guest.args}
         return Process(
             pid=self.take_pid(), program=schema["engine"], args=args, user=user_name(uid), uid=uid,
-            submitted_at=self.now(), name=os.path.basename(str(args.get("model", ""))),
+            submitted_at=self.now(), name=guest.name,
             role=Role.ENGINE, device_wanted=guest.device_wanted, engine_key=guest.engine_key,
             cls=guest.cls, cwd=guest.cwd,
         )  # fmt: skip
@@ -312,7 +336,12 @@ class Kernel:
             sys.executable, "-P", "-m", "llmos.services.manifest", str(self.home.manifest),
             stdout=asyncio.subprocess.PIPE, cwd="/",
         )  # fmt: skip
-        out, _ = await process.communicate()
+        try:
+            out, _ = await process.communicate()
+        except asyncio.CancelledError:  # the kernel ends before it has begun
+            process.kill()
+            await process.wait()
+            raise
         if process.returncode == 0 and out.strip() == b"made":
             self.manifest = json.loads(self.home.manifest.read_text())
         for text in self.manifest.get("errors", []):
@@ -391,6 +420,8 @@ def _executors(k: Kernel) -> dict[type[Any], Callable[[Any], None]]:
 
     def start(o: ev.StartWorker) -> None:
         proc = k.core.m.procs[o.pid]
+        # The last words of an earlier attempt are not this one's.
+        (k.home.work(o.pid) / "result.json").unlink(missing_ok=True)
         k._driver_of(o.worker_id).start(k._spec(proc, o.worker_id, o.device))
 
     def load(o: ev.Load) -> None:

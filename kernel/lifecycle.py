@@ -16,6 +16,7 @@ from llmos.kernel.events import (
     Forward,
     Grant,
     GuestIdle,
+    Hold,
     InputGiven,
     KillAsked,
     Loaded,
@@ -100,6 +101,10 @@ def worker_up(m: Machine, e: WorkerUp) -> None:
     worker.os_pid, worker.up = e.os_pid, True
     worker.loaded = worker.load_sent = e.loaded
     proc = m.procs[worker.pid]
+    if worker.kill_signal:
+        # It was asked for before there was an OS process to take it.
+        m.out.append(Signal(worker.worker_id, worker.kill_signal))
+        return
     if proc.state is State.PAUSED:
         return
     if proc.role is Role.SERVICE:
@@ -109,6 +114,8 @@ def worker_up(m: Machine, e: WorkerUp) -> None:
     if proc.role is Role.ENGINE:
         for guest in m.guests_of(proc.pid):
             join_engine(m, guest)
+        if not turns.runnable_guests(m, proc.pid):
+            rest_engine(m, worker)  # those that it was made for have been killed or paused
     turns.update(m, worker)
 
 
@@ -186,6 +193,8 @@ def worker_idle(m: Machine, e: WorkerIdle) -> None:
         return  # it had not read the newest messages when it said so
     turns.split(m, worker, {})
     turns.off(m, worker)
+    # Held, or it would begin with the next message it reads, while another has the device.
+    m.out.append(Hold(worker.worker_id))
     proc = m.procs[worker.pid]
     if proc.state is State.RUNNING:
         m.move(proc, State.READY, "no guest to serve", "idle")
@@ -217,13 +226,18 @@ def worker_gone(m: Machine, e: WorkerGone) -> None:
     if not proc.live:
         return
     if worker.done is not None:
-        end(m, proc, *worker.done)
+        status, reason = worker.done
+        again = proc.restart == "always" or (proc.restart == "on-failure" and status != 0)
+        if again and not worker.kill_signal and not m.shutting_down:
+            died(m, proc, status, reason)
+        else:
+            end(m, proc, status, reason)
     elif worker.stop_asked and worker.stop_sent and e.status == 0:
         to_be_continued(m, proc, "stopped at a safepoint")
     elif worker.kill_signal:
         _killed(m, proc, worker)
     else:
-        died(m, proc, e.status)
+        died(m, proc, e.status, f"its worker {describe_status(e.status)}")
 
 
 def _killed(m: Machine, proc: Process, worker: Worker) -> None:
@@ -253,17 +267,16 @@ def to_be_continued(m: Machine, proc: Process, why: str) -> None:
     m.save(proc)
 
 
-def died(m: Machine, proc: Process, status: int | None) -> None:
+def died(m: Machine, proc: Process, status: int | None, how: str) -> None:
     """The worker ended and nobody had asked for it: the restart policy decides."""
-    how = describe_status(status)
     again = proc.restart == "always" or (proc.restart == "on-failure" and status != 0)
     if not again or m.shutting_down:
-        end(m, proc, status if status else 1, f"its worker {how}")
+        end(m, proc, status if status else 1, how)
         return
     delay = min(BACKOFF_MAX_S, 2.0 ** min(proc.restarts, 10))
     proc.restarts += 1
     proc.next_start_at = m.now + delay
-    m.move(proc, State.BACKOFF, f"its worker {how}; again in {delay:.0f} s", "backoff")
+    m.move(proc, State.BACKOFF, f"{how}; again in {delay:.0f} s", "backoff")
     m.wake_at(proc.next_start_at)
     m.save(proc)
 
@@ -290,7 +303,8 @@ def end(m: Machine, proc: Process, status: int, reason: str) -> None:
 def _end_guests(m: Machine, engine: Process, worker: Worker, status: int | None) -> None:
     for guest in m.guests_of(engine.pid):
         if m.shutting_down and not guest.attached:
-            m.move(guest, State.WAITING, "the kernel shuts down", "engine")
+            if guest.state is not State.PAUSED:
+                m.move(guest, State.WAITING, "the kernel shuts down", "engine")
             m.save(guest)
         elif m.shutting_down:
             end(m, guest, 128 + 15, "the kernel shut down")
@@ -313,10 +327,16 @@ def kill_asked(m: Machine, e: KillAsked) -> None:
         engine = m.engine_of(proc)
         worker = m.worker_of(engine) if engine else None
         end(m, proc, 128 + e.signal, f"killed by {signals.Signals(e.signal).name}")
-        if worker is not None:
+        if engine is not None and worker is not None:
             drop_guest(m, worker, proc.pid)
             turns.update(m, worker)
+            lease = m.devices[worker.device].lease
+            off = lease is None or lease.worker_id != worker.worker_id
+            if worker.up and off and not turns.runnable_guests(m, engine.pid):
+                rest_engine(m, worker)  # a held engine cannot say that it is idle
     elif worker is None:
+        for guest in m.guests_of(proc.pid) if proc.role is Role.ENGINE else ():
+            end(m, guest, 1, f"its engine (process {proc.pid}) was killed")
         end(m, proc, 128 + e.signal, f"killed by {signals.Signals(e.signal).name}")
     else:
         worker.kill_signal, worker.kill_why = e.signal, ""
@@ -353,7 +373,7 @@ def resume_asked(m: Machine, e: ResumeAsked) -> None:
         raise IllegalMove(f"process {e.pid} is {proc.state}, not paused")
     worker = m.worker_of(proc)
     if proc.role is Role.GUEST:
-        m.move(proc, State.WAITING, "resumed by a person", "engine")
+        m.move(proc, State.WAITING, "resumed by a person", "input" if proc.awaits_input else "engine")
         join_engine(m, proc)
         _tell_rank(m, proc)
     elif worker is not None:
@@ -432,8 +452,11 @@ def join_engine(m: Machine, guest: Process) -> None:
 
 def guest_idle(m: Machine, e: GuestIdle) -> None:
     guest = m.procs.get(e.pid)
-    if guest is None or guest.state not in (State.READY, State.RUNNING, State.PREEMPTED):
+    if guest is None:
         return
+    guest.awaits_input = True
+    if guest.state not in (State.READY, State.RUNNING, State.PREEMPTED):
+        return  # paused in the meantime, or gone
     m.move(guest, State.WAITING, "waits for input", "input")
     turns.update(m, m.workers[e.worker_id])
 
@@ -446,6 +469,7 @@ def input_given(m: Machine, e: InputGiven) -> None:
         raise IllegalMove(f"process {e.pid} takes no input")
     worker.admits_sent += 1
     m.out.append(Forward(worker.worker_id, e.pid, e.message))
+    proc.awaits_input = False
     if proc.state is State.WAITING and proc.reason == "input":
         m.move(proc, State.READY, "has input", "device")
     if engine is not None and engine.state is State.WAITING:

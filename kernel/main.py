@@ -69,12 +69,12 @@ def main() -> int:
     parser.add_argument("--device", action="append", default=[])
     parser.add_argument("--policy", default="eevdf")
     given = parser.parse_args()
-    home = Home(given.home)
+    home = Home(given.home.absolute())
     try:
         home.prepare()
         with home.held():
             adopt_orphans()
-            asyncio.run(run(config.Config(given.home, tuple(given.device), given.policy), home))
+            asyncio.run(run(config.Config(home.path, tuple(given.device), given.policy), home))
     except Busy as exc:
         return fail(exc, EXIT_BUSY)
     except LlmosError as exc:

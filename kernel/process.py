@@ -139,6 +139,7 @@ class Process:
     device: str = ""
     worker_id: str = ""
     engine_pid: int = 0  # of a guest
+    awaits_input: bool = False  # a guest between two turns
     segments: list[dict[str, Any]] = field(default_factory=list)  # as planned
     started_at: float | None = None
     ended_at: float | None = None

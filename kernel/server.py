@@ -45,7 +45,6 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._write = transport.write
         peer = transport.get_extra_info("socket")
         raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         self.uid = int.from_bytes(raw[4:8], sys.byteorder)
@@ -86,9 +85,9 @@ class Client(asyncio.Protocol):
 
     def _take(self, message: Any) -> None:
         if isinstance(message, dict) and message.get("cancel") is True:
-            task = self._tasks.get(message.get("id", -1))
-            if task is not None:
-                task.cancel()
+            number = message.get("id")
+            if isinstance(number, int) and number in self._tasks:
+                self._tasks[number].cancel()
             return
         number = message.get("id", -1) if isinstance(message, dict) else -1
         try:
@@ -102,7 +101,7 @@ class Client(asyncio.Protocol):
         elif isinstance(answer, AsyncIterator):
             self._later(number, self._stream(number, answer))
         else:
-            self._write(pack({"id": number, "ok": answer}))
+            self._reply({"id": number, "ok": answer})
 
     def _later(self, number: int, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

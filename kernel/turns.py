@@ -6,7 +6,7 @@ less urgent class are left out, so that a batch guest never rides past a waiting
 
 from __future__ import annotations
 
-from llmos.kernel.events import Admit, Grant, Hold, Load, Stop
+from llmos.kernel.events import Admit, Changed, Grant, Hold, Load, Stop
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import RUNNABLE, Class, Process, Role, State
 
@@ -164,6 +164,7 @@ def held(m: Machine, worker: Worker) -> None:
         if p.state is State.RUNNING:
             to = State.PREEMPTED if why == "preempted" else State.READY
             m.move(p, to, why or "held", "device")
+    m.out.append(Changed(worker.pid))  # a pause waits for the device, not for a state
     m.record("held", worker.pid, why)
 
 

@@ -22,6 +22,8 @@ from llmos.shell.view import View
 
 # A turn that was refused leaves a note and no answer: then the state tells, after this time.
 QUIET_S = 0.3
+# What may change in the middle of a conversation; the rest belongs to the engine.
+SETTINGS = ("system", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
 LEAVE = ("/bye", "/exit", "/quit")
 QUOTES = '"""'
 HELP = """\
@@ -112,9 +114,8 @@ class Conversation:
         """Set one of the program's arguments from now on. Raises Usage, LlmosError."""
         options = {o.name: o for o in from_schema(self._schema)}
         name = name.replace("-", "_")
-        if name not in options or name == "model":
-            settings = [o for o in options if o != "model"]
-            raise Usage(f"there is no setting {name!r}", nearest_hint(name, settings))
+        if name not in SETTINGS or name not in options:
+            raise Usage(f"there is no setting {name!r}", nearest_hint(name, SETTINGS))
         value = convert(options[name], word)
         value = [value] if options[name].type == "list" else value
         self._client.send(self.pid, {"set": {name: value}})

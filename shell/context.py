@@ -63,11 +63,11 @@ class Context:
         return int(columns) if columns.isdigit() and int(columns) > 0 else 80
 
     def print(self, text: str = "") -> None:
-        print(encodable(text, sys.stdout), flush=True)
+        print(encodable(text, sys.stdout.encoding), flush=True)
 
     def lines(self, lines: Iterable[str]) -> None:
         for line in lines:
-            print(encodable(line, sys.stdout))
+            print(encodable(line, sys.stdout.encoding))
         sys.stdout.flush()
 
     def json(self, value: Any) -> None:
@@ -75,10 +75,10 @@ class Context:
 
     def say(self, text: str) -> None:
         """A message to the person, not data."""
-        print(encodable(text, sys.stderr), file=sys.stderr, flush=True)
+        print(encodable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
 
 
-def encodable(text: str, stream: Any) -> str:
-    """`text` as the stream can show it."""
-    encoding = (getattr(stream, "encoding", None) or "ascii").lower().replace("-", "")
-    return text if encoding == "utf8" else ascii_only(text)
+def encodable(text: str, encoding: str | None) -> str:
+    """`text` as a stream of that encoding can show it."""
+    is_utf8 = (encoding or "").lower().replace("-", "") == "utf8"
+    return text if is_utf8 else ascii_only(text)

@@ -5,7 +5,12 @@ Knows the records of a stream, not the program that wrote them.
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from llmos.kernel.errors import LlmosError, NoKernel, from_wire
@@ -39,7 +44,7 @@ def follow(
     """
     view = View(ctx, label=f"{schema['name']} {pid}", stats=stats)
     try:
-        with view:
+        with view, _ctrl_z(ctx):
             if skip_old:
                 offset = _catch_up(client, pid, view)
             ended = _until_end(ctx, client, pid, offset, view)
@@ -49,6 +54,23 @@ def follow(
     except KeyboardInterrupt:
         return _interrupted(ctx, pid, schema)
     return report_end(ctx, schema, pid, ended, view)
+
+
+@contextmanager
+def _ctrl_z(ctx: Context) -> Iterator[None]:
+    """In the interactive shell Ctrl-Z leaves the process, not the shell."""
+    if not ctx.interactive or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Background
+
+    before = signal.signal(signal.SIGTSTP, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
 
 
 def _catch_up(client: Client, pid: int, view: View) -> int:
@@ -136,6 +158,6 @@ def _plain(value: Any) -> str:
 
 def _failure(schema: dict[str, Any], pid: int, ended: Record) -> LlmosError:
     status, reason = ended.get("exit_status"), ended.get("reason") or ""
-    what = f"exit status {status}" + (f": {reason}" if reason else "")
+    what = f"{reason} (exit status {status})" if reason else f"exit status {status}"
     hint = f"`llmos logs {pid}` shows what it printed, `llmos explain {pid}` its story"
-    return LlmosError(f"{schema['name']} {pid} failed with {what}", hint)
+    return LlmosError(f"{schema['name']} {pid} failed: {what}", hint)

@@ -55,7 +55,9 @@ def describe(option: Option) -> str:
 
 def groups_help(groups: Iterable[tuple[str, list[tuple[str, str]]]]) -> str:
     """The overview: names and summaries under headings."""
-    parts = [f"{heading}:\n{_rows(rows)}" for heading, rows in groups if rows]
+    groups = list(groups)
+    width = max((len(name) for _, rows in groups for name, _ in rows), default=0)
+    parts = [f"{heading}:\n{_rows(rows, width)}" for heading, rows in groups if rows]
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,10 +66,10 @@ def _flag_column(option: Option) -> str:
     return names if option.type == "bool" else f"{names} {option.shown}"
 
 
-def _rows(rows: Iterable[tuple[str, str]]) -> str:
+def _rows(rows: Iterable[tuple[str, str]], width: int = 0) -> str:
     rows = list(rows)
     # A long flag stands on a line of its own rather than push all texts to the right.
-    width = min(max((len(left) for left, _ in rows), default=0), 24)
+    width = width or min(max((len(left) for left, _ in rows), default=0), 24)
     return "\n".join(_row(left, right, width) for left, right in rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmos.shell.client import Client, Record
-from llmos.shell.render import Column, duration, number, size, table
+from llmos.shell.render import Column, count, duration, size, table
 from llmos.shell.resolve import pid_of
 
 COLUMNS = (
@@ -60,15 +60,12 @@ def memory(p: Record) -> str:
 def progress(p: Record) -> str:
     """How far it is: a share where the end is known, else the step."""
     made = p.get("progress") or {}
-    if not made.get("step"):
-        return "-"
-    total = made.get("total")
-    return f"{made['step']}/{total}" if total else str(made["step"])
-
-
-def loss(p: Record) -> str:
-    value = ((p.get("progress") or {}).get("metrics") or {}).get("loss")
-    return "-" if value is None else number(value)
+    if not made.get("step") or p.get("role") == "engine":
+        return "-"  # an engine's steps are its guests' tokens
+    step, total = made["step"], made.get("total")
+    if not total:
+        return str(step) if step < 100_000 else count(step)
+    return f"{step}/{total}" if total < 100_000 else f"{step / total:.1%}"
 
 
 def find_pid(client: Client, word: str) -> int:

@@ -18,6 +18,7 @@ from llmos.shell.launch import Launch, running
 from llmos.shell.main import complain, dispatch, find, guarded
 from llmos.shell.options import Usage
 from llmos.shell.processes import find_pid, process_table
+from llmos.shell.render import plural
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -123,8 +124,8 @@ class Repl:
         for p in ended:
             if p["state"] == "exited":
                 status = p["exit_status"]
-                how = "is done" if not status else f"failed: {p['reason'] or f'status {status}'}"
-                ctx.say(f"[{p['pid']}] {p['program']} {how}")
+                how = f"exit status {status}: {p['reason']}" if status else "done"
+                ctx.say(f"[{p['pid']}] {p['program']}: {how}")
                 del self.jobs[p["pid"]]
 
     def forget_shown(self, before: set[int]) -> None:
@@ -223,7 +224,12 @@ def make_session(ctx: Context, poller: Poller) -> PromptSession[str]:
 
     def bottom() -> str:
         output = session.app.output
-        return encodable(toolbar(poller, output.get_size().columns, trouble[0]), output)
+        width = output.get_size().columns
+        try:
+            text = toolbar(poller, width, trouble[0])
+        except Exception as exc:  # noqa: BLE001  a bug here must not end the session
+            text = f" the toolbar failed: {type(exc).__name__}: {exc}"
+        return encodable(text, output.encoding())
 
     session: PromptSession[str] = PromptSession(
         "llmos> ",
@@ -244,5 +250,5 @@ def _farewell(ctx: Context) -> None:
             live = [p for p in client.ps() if p.get("role") != "service"]
     except NoKernel:
         return
-    going = f"{len(live)} go on; " if live else ""
+    going = f"{plural(len(live), 'process')} left to themselves; " if live else ""
     ctx.say(f"{going}the kernel keeps running: `llmos shutdown` ends it")

@@ -91,7 +91,7 @@ class Top:
             except LlmosError as exc:
                 await self._disconnect()
                 self.message = f"no kernel: {exc.message}"
-            self._choose()
+            self.choices.settle(self.rows())
             self.app.invalidate()
             self._wake.clear()
             try:
@@ -108,16 +108,6 @@ class Top:
         if self._client is not None:
             await self._client.close()
             self._client = None
-
-    def _choose(self) -> None:
-        """Always one process that is there is chosen, and only what is there is tagged."""
-        if self.seen is None:
-            return
-        pids = {p["pid"] for p in self.seen.processes}
-        self.choices.tagged &= pids
-        if self.choices.pid not in pids:
-            self.choices.pid = 0
-            self.choices.move(self.rows(), 0)
 
     def rows(self) -> list[dict[str, object]]:
         return visible(self.seen, self.choices) if self.seen is not None else []
@@ -159,7 +149,7 @@ class Top:
         lines = self.lines(shape.columns, shape.rows, time.time())
         output = get_app().output
         return [
-            (style, encodable(text, output) + ("\n" if i < len(lines) - 1 else ""))
+            (style, encodable(text, output.encoding()) + ("\n" if i < len(lines) - 1 else ""))
             for i, (style, text) in enumerate(lines)
         ]
 
@@ -267,6 +257,7 @@ def _answer(top: Top, key: str) -> None:
         top.choices.filter = top.choices.filter[:-1]
     elif key.isprintable():
         top.choices.filter += key
+    top.choices.settle(top.rows())
 
 
 async def _kill(client: AsyncClient, pid: int) -> str:

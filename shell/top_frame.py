@@ -21,15 +21,22 @@ SHOWN_EVENTS = frozenset({"preempted", "exited", "evicted", "restored", "checkpo
 
 _STATES = ("running", "ready", "starting", "planning", "new", "preempted", "waiting", "backoff",
            "stopping", "paused", "exited")  # fmt: skip
+
+
+def _place(state: str) -> int:
+    return _STATES.index(state) if state in _STATES else len(_STATES)
+
+
 SORTS: dict[str, Callable[[Record], Any]] = {
     "pid": lambda p: p["pid"],
-    "state": lambda p: _STATES.index(p["state"]) if p["state"] in _STATES else len(_STATES),
+    # Services serve all the time: who competes for a device comes first.
+    "state": lambda p: (p.get("role") == "service", _place(p["state"])),
     "mem": lambda p: -(p["memory"]["measured_bytes"] or p["memory"]["promised_bytes"]),
     "time": lambda p: -p["device_seconds"],
     "nice": lambda p: p["nice"],
     "name": lambda p: (p["program"], p["name"]),
 }
-KEYS = "q quit   h help   / filter   o < > sort   space tag   k kill   F7 F8 nice   p pause/resume"
+KEYS = "q quit  h help  / filter  o sort  k kill  F7 F8 nice  p pause"
 HELP = (
     "Keys of top",
     "",
@@ -58,12 +65,19 @@ class Choices:
         names = list(SORTS)
         self.sort = names[(names.index(self.sort) + by) % len(names)]
 
+    def settle(self, processes: list[Record]) -> None:
+        """Only what is shown can be chosen or tagged: a key must not hit what nobody sees."""
+        pids = [p["pid"] for p in processes]
+        self.tagged.intersection_update(pids)
+        if self.pid not in pids:
+            self.pid = pids[0] if pids else 0
+
     def move(self, processes: list[Record], by: int) -> None:
         """Choose the process `by` rows further down."""
+        self.settle(processes)
         pids = [p["pid"] for p in processes]
         if pids:
-            at = pids.index(self.pid) if self.pid in pids else 0 if by >= 0 else len(pids) - 1
-            self.pid = pids[max(0, min(len(pids) - 1, at + by))] if self.pid in pids else pids[at]
+            self.pid = pids[max(0, min(len(pids) - 1, pids.index(self.pid) + by))]
 
     def targets(self) -> list[int]:
         """What a key acts on: the tagged, else the chosen one."""

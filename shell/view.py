@@ -112,7 +112,7 @@ class View:
         self.made_text = True
         if self._ctx.stdout_is_terminal:
             text = clean_text(text)
-        sys.stdout.write(encodable(text, sys.stdout))
+        sys.stdout.write(encodable(text, sys.stdout.encoding))
         sys.stdout.flush()
         self._at_line_start = text.endswith("\n")
 
@@ -150,7 +150,7 @@ class View:
         """Seconds to the end at the recent pace, preemptions included."""
         (at, step), total = self._pace[0], record.get("total")
         done, took = record["step"] - step, record["at"] - at
-        if not total or done <= 0 or took <= 0:
+        if not total or done <= 0 or took <= 0 or record["step"] >= total:
             return None
         return max(0.0, float((total - record["step"]) * took / done))
 

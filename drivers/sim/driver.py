@@ -203,7 +203,9 @@ class SimDriver:
                 )
             case "drop":
                 worker.seen += 1
-                worker.guests.pop(m["pid"], None)
+                dropped = worker.guests.pop(m["pid"], None)
+                if dropped is not None:
+                    dropped.stream.close()
             case "input":
                 worker.seen += 1
                 guest = worker.guests.get(m["pid"])
@@ -294,6 +296,7 @@ class SimDriver:
         if guest.turns:
             self._say(worker, {"k": "guest_idle", "pid": pid}, keep=True)
             return
+        guest.stream.close()
         del worker.guests[pid]
         done = {"status": 0, "reason": "", "result": {"tokens": guest.made}}
         self._say(worker, {"k": "guest_done", "pid": pid, **done}, keep=True)
@@ -308,7 +311,7 @@ class SimDriver:
             self._checkpoint(worker)
         if worker.want_stop:
             self._end(worker, 0)
-        elif worker.step >= total:
+        elif total and worker.step >= total:
             self._done(worker, int(worker.args.get("exit_status", 0)), "")
 
     def _checkpoint(self, worker: _Worker) -> None:

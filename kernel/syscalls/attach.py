@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from llmos.kernel import protocol
+from llmos.kernel.errors import BadArgument
 from llmos.kernel.kernel import Kernel
 from llmos.kernel.connection import Connection
 from llmos.kernel.streams import read_records
@@ -15,6 +16,8 @@ from llmos.kernel.syscalls.wait import outcome
 async def handle(
     kernel: Kernel, request: protocol.Attach, client: Connection
 ) -> AsyncIterator[tuple[str, Any]]:
+    if request.offset < 0:
+        raise BadArgument(f"offset is 0 or more, not {request.offset}")
     proc = kernel.core.m.find(request.pid)
     path, offset = kernel.home.work(proc.pid) / "stream", request.offset
     while True:
@@ -32,3 +35,4 @@ async def handle(
             yield "end", outcome(proc)
             return
         await kernel.growth.wait(proc.pid)
+        kernel.core.m.find(proc.pid)  # a process that was refused is not there any more

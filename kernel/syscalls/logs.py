@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from llmos.kernel import protocol
+from llmos.kernel.errors import BadArgument
 from llmos.kernel.kernel import Kernel
 from llmos.kernel.connection import Connection
 from llmos.kernel.streams import read_bytes, tail_offset
@@ -17,6 +18,8 @@ LOOK_S = 0.2
 async def handle(
     kernel: Kernel, request: protocol.Logs, client: Connection
 ) -> AsyncIterator[tuple[str, Any]]:
+    if request.offset < 0:
+        raise BadArgument(f"offset is 0 or more, not {request.offset}")
     proc = kernel.core.m.find(request.pid)
     path = kernel.home.work(proc.pid) / "log"
     offset = tail_offset(path, request.tail) if request.tail >= 0 else request.offset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import hashlib
 import json
@@ -31,39 +32,47 @@ async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -
     if request.dry_run:
         return await _dry_run(kernel, schema, proc)
     if proc.role is Role.GUEST:
-        await _submit_guest(kernel, schema, proc)
+        await _submit_guest(kernel, schema, proc, client)
     else:
-        kernel.post(ev.Submitted(proc))
+        _enter(kernel, proc, client)
         await _plan(kernel, schema, proc)
-    if request.attached:
-        client.attached.add(proc.pid)
     await kernel.journal.flushed()
     return {"pid": proc.pid}
 
 
-async def _submit_guest(kernel: Kernel, schema: dict[str, Any], proc: Process) -> None:
+def _enter(
+    kernel: Kernel, proc: Process, client: Connection, engine: Process | None = None
+) -> None:
+    """Into the table; from now on the process ends with its client, if it is to."""
+    if proc.attached:
+        client.attached.add(proc.pid)
+    kernel.post(ev.Submitted(proc, engine))
+
+
+async def _submit_guest(
+    kernel: Kernel, schema: dict[str, Any], proc: Process, client: Connection
+) -> None:
     """Into the engine of its model; the first guest of a model has one made and planned."""
     m = kernel.core.m
     if proc.engine_key in m.engines:
-        kernel.post(ev.Submitted(proc))
-        engine = m.engine_of(proc)
-        if engine is not None and engine.state is State.PLANNING:
-            await kernel.planning[engine.pid]
+        _enter(kernel, proc, client)
+        planning = kernel.planning.get(proc.engine_pid)
+        if planning is not None:
+            await asyncio.shield(planning)  # it is not this client's alone
         return
     engine = kernel.make_engine(schema, proc, proc.uid)
     proc.pid = kernel.take_pid()  # an engine is older than its guests
-    kernel.post(ev.Submitted(proc, engine))
+    _enter(kernel, proc, client, engine)
     await _plan(kernel, schema_of(kernel, engine.program), engine)
 
 
 async def _plan(kernel: Kernel, schema: dict[str, Any], proc: Process) -> None:
     """Predict, then admit. On any error the process never was."""
-    done = kernel.spawn(_plan_and_admit(kernel, schema, proc))
+    done = kernel.spawn(_plan_and_admit(kernel, schema, proc), answers=True)
     kernel.planning[proc.pid] = done
-    try:
-        await done
-    finally:
-        kernel.planning.pop(proc.pid, None)
+    done.add_done_callback(lambda _: kernel.planning.pop(proc.pid, None))
+    # Shielded: when the client goes, what it submitted (and who joined it) does not.
+    await asyncio.shield(done)
 
 
 async def _plan_and_admit(kernel: Kernel, schema: dict[str, Any], proc: Process) -> None:
@@ -115,13 +124,15 @@ def _process(
         raise BadArgument(f"class is one of {', '.join(CLASSES)}, not {cls!r}")
     if request.restart not in RESTARTS:
         raise BadArgument(f"restart is one of {', '.join(RESTARTS)}, not {request.restart!r}")
+    if not all(isinstance(v, str) for v in request.env.values()):
+        raise BadArgument("env is a map of texts to texts")
     if request.device and request.device not in kernel.devices:
         raise NoSuchThing(
             f"there is no device {request.device!r}", f"devices: {', '.join(kernel.devices)}"
         )
     return Process(
         pid=kernel.take_pid(), program=request.program, args=args, user=user_name(uid), uid=uid,
-        submitted_at=kernel.now(), name=request.name or _name(schema, args),
+        submitted_at=kernel.now(), name=request.name or _name(schema, {**args, **request.args}),
         role=Role.GUEST if schema["engine"] else Role.PROCESS, device_wanted=request.device,
         cwd=request.cwd, env=request.env, attached=request.attached, restart=request.restart,
         has_checkpoint=schema["has_checkpoint"], cls=CLASSES[cls], nice=request.nice,

@@ -17,6 +17,7 @@ It does not know any file format: formats are classes behind the entry point gro
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import os
@@ -66,7 +67,8 @@ class Source:
         raise NotImplementedError
 
 
-def sources(kind: str) -> list[type[Source]]:
+@functools.cache
+def sources(kind: str) -> tuple[type[Source], ...]:
     """Every installed source of a kind, in the order of their names.
 
     One that cannot be imported is reported in the log: it must not take the others with it.
@@ -80,7 +82,7 @@ def sources(kind: str) -> list[type[Source]]:
             continue
         if source.kind == kind:
             found.append(source)
-    return found
+    return tuple(found)
 
 
 def source_for(path: Path, kind: str) -> type[Source]:

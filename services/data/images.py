@@ -29,7 +29,7 @@ IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
 def read_images(path: Path) -> Images:
-    """All images at `path`: (images, channels, height, width), uint8 or float32. Raises BadInput."""
+    """(images, channels, height, width) of uint8 or float32 from `path`. Raises BadInput."""
     check_exists(path)
     images: Images = source_for(path, "images").read(path)
     return images

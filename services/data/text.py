@@ -120,7 +120,9 @@ def _record(line: str, path: Path, number: int) -> Document | Dialogue:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as exc:
-        raise BadInput(f"{path}, line {number} is not JSON: {exc}", "each line is one object") from None
+        raise BadInput(
+            f"{path}, line {number} is not JSON: {exc}", "each line is one object"
+        ) from None
     if isinstance(row, str):
         return Document(row)
     if not isinstance(row, dict):

@@ -65,7 +65,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first(records, TRAINING_CHARACTERS), trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         model_max_length=context,
         clean_up_tokenization_spaces=False,

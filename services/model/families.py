@@ -7,6 +7,7 @@ It does not know data or training. The transformer is transformers' own Llama.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
@@ -31,7 +32,7 @@ class Shape:
     layers: int
     heads: int
     dropout: float = 0.0
-    special: dict[str, int | None] = field(default_factory=dict)
+    special: dict[str, Any] = field(default_factory=dict)
 
 
 def build_config(architecture: str, shape: Shape) -> PreTrainedConfig:
@@ -68,7 +69,8 @@ def build_config(architecture: str, shape: Shape) -> PreTrainedConfig:
 
 def build(architecture: str, shape: Shape) -> PreTrainedModel:
     """A new model in float32 with random weights from torch's generator. Raises BadArgument."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(build_config(architecture, shape))
+    config = build_config(architecture, shape)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return model
 
 

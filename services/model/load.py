@@ -26,7 +26,7 @@ import llmos.services.model.recurrent  # noqa: F401  (registers the recurrent mo
 from llmos.kernel.errors import BadArgument, BadInput
 
 # Bars belong to the shell; a worker's output is its log.
-transformers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,7 +54,8 @@ def load_causal_lm(ref: str | Path, dtype: str = "auto") -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
         raise _cannot_load("model", ref, exc) from None
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def load_config(ref: str | Path) -> PreTrainedConfig:
@@ -131,7 +132,7 @@ def _cannot_load(what: str, ref: str | Path, exc: Exception) -> BadInput:
 
 
 def _cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for products in bfloat16 (x86: AVX-512 or AMX; Arm: BF16)."""
+    """Whether the CPU multiplies in bfloat16 (x86: AVX-512 or AMX; Arm: BF16)."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:

@@ -16,7 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
-    PretrainedConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 Hidden = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
-class RecurrentConfig(PretrainedConfig):
+class RecurrentConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Shape of a recurrent language model; the subclasses differ in the cell only.
 
     The embedding and the hidden state are equally wide, so that the embedding can be the output
@@ -46,15 +46,15 @@ class RecurrentConfig(PretrainedConfig):
     pad_token_id: int | None = None
 
 
-class RnnConfig(RecurrentConfig):
+class RnnConfig(RecurrentConfig):  # type: ignore[no-untyped-call]
     model_type = "llmos_rnn"
 
 
-class LstmConfig(RecurrentConfig):
+class LstmConfig(RecurrentConfig):  # type: ignore[no-untyped-call]
     model_type = "llmos_lstm"
 
 
-class GruConfig(RecurrentConfig):
+class GruConfig(RecurrentConfig):  # type: ignore[no-untyped-call]
     model_type = "llmos_gru"
 
 
@@ -77,7 +77,7 @@ class RecurrentState:
         self.hidden = _map(self.hidden, lambda t: t.index_select(1, beam_idx.to(t.device)))
 
 
-class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
+class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """Embedding, stacked recurrent layers, norm, output matrix."""
 
     config_class = RecurrentConfig
@@ -85,13 +85,13 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _is_stateful = True
     _supports_sdpa = True  # there is no attention: any implementation is right
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embed_tokens.weight"}
-    cell: ClassVar[type[nn.RNNBase]]
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012  (their name)
+    cell: ClassVar[type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]]
 
     def __init__(self, config: RecurrentConfig) -> None:
         super().__init__(config)
         width, layers = config.hidden_size, config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, width)
         self.rnn = self.cell(
             width,
             width,
@@ -101,8 +101,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(width)
-        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
-        self.post_init()
+        self.lm_head: nn.Module = nn.Linear(width, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
@@ -148,7 +148,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache if use_cache is not None else self.config.use_cache:
             seen = 0 if past_key_values is None else past_key_values.seen_tokens
             state = RecurrentState(hidden, seen + embedded.shape[1])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=state)
+        # The state is no attention cache, but what the field is for.
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=state,  # type: ignore[arg-type]
+        )
 
     def _run_masked(
         self, embedded: torch.Tensor, hidden: Hidden | None, mask: torch.Tensor
@@ -172,13 +177,13 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, nn.RNNBase):
-            super()._init_weights(module)
+            super()._init_weights(module)  # type: ignore[no-untyped-call]
             return
         for name, parameter in module.named_parameters():
             if "weight_hh" in name:
                 # Orthogonal per gate: the state neither grows nor fades at the start
                 # (Saxe et al. 2014).
-                for gate in parameter.split(module.hidden_size):
+                for gate in torch.split(parameter, module.hidden_size):
                     init.orthogonal_(gate)
             elif "weight" in name:
                 init.xavier_uniform_(parameter)
@@ -200,17 +205,17 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
 
-class RnnForCausalLM(RecurrentForCausalLM):
+class RnnForCausalLM(RecurrentForCausalLM):  # type: ignore[no-untyped-call]
     config_class = RnnConfig
     cell = nn.RNN
 
 
-class LstmForCausalLM(RecurrentForCausalLM):
+class LstmForCausalLM(RecurrentForCausalLM):  # type: ignore[no-untyped-call]
     config_class = LstmConfig
     cell = nn.LSTM
 
 
-class GruForCausalLM(RecurrentForCausalLM):
+class GruForCausalLM(RecurrentForCausalLM):  # type: ignore[no-untyped-call]
     config_class = GruConfig
     cell = nn.GRU
 

@@ -39,18 +39,27 @@ def sgd(named: Named, lr: float, weight_decay: float) -> torch.optim.Optimizer:
 
 def decay_groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups of parameters: matrices decay; norms, biases and embeddings do not."""
-    decay, keep = [], []
+    decay: list[torch.nn.Parameter] = []
+    keep: list[torch.nn.Parameter] = []
     for name, parameter in named:
         spared = parameter.ndim < 2 or "embed" in name
         (keep if spared else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    groups = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": keep, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
+
+
+def check_name(name: str) -> importlib.metadata.EntryPoint:
+    """Where the optimizer of this name is. Raises BadArgument."""
+    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+    if name not in found:
+        raise BadArgument(f"there is no optimizer {name!r}", f"one of {', '.join(sorted(found))}")
+    return found[name]
 
 
 def build(name: str, named: Named, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer of this name over `named`. Raises BadArgument."""
-    found = {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
-    if name not in found:
-        raise BadArgument(f"there is no optimizer {name!r}", f"one of {', '.join(sorted(found))}")
-    make: Callable[..., torch.optim.Optimizer] = found[name].load()
+    make: Callable[..., torch.optim.Optimizer] = check_name(name).load()
     return make(named, lr=lr, weight_decay=weight_decay)

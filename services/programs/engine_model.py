@@ -10,9 +10,10 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmos.services.programs.engine_cache import GuestCache
+from llmos.services.programs.engine_layout import lay_out
 
 
 class LoadedModel:
@@ -21,6 +22,7 @@ class LoadedModel:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self._device = model.device
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.context_tokens = context_tokens(model.config)
         self.stop_ids = stop_ids(model, tokenizer)
@@ -29,7 +31,7 @@ class LoadedModel:
             if "logits_to_keep" in inspect.signature(model.forward).parameters
             else {}
         )
-        lay_out_head(model)
+        lay_out(model)
 
     def forward(self, cache: GuestCache, ids: list[int]) -> Tensor:
         """Compute `ids` after what `cache` holds; -> scores of the next token (vocabulary,).
@@ -38,7 +40,7 @@ class LoadedModel:
         rule is all there is, and for a single token nothing is built at all.
         """
         out = self.model(
-            input_ids=torch.tensor([ids], device=self.model.device),
+            input_ids=torch.tensor([ids], device=self._device),
             past_key_values=cache.past,
             use_cache=True,
             **self._last_only,
@@ -64,16 +66,3 @@ def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return frozenset(ids)
-
-
-def lay_out_head(model: Any) -> None:
-    """Store a float32 output layer as (in, out) on a CPU: 1.5 times the tokens/s (stories15M).
-
-    The layer keeps its shape (out, in) as a transposed view, so nothing else changes. Only the
-    output layer: the smaller ones gain nothing, and bfloat16 may lose.
-    """
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.dtype != torch.float32:
-        return
-    if head.weight.device.type == "cpu":
-        head.weight = nn.Parameter(head.weight.t().contiguous().t(), requires_grad=False)

@@ -19,7 +19,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmos.kernel.errors import BadInput
-from llmos.services.data import packing, tokenizer as tokens
+from llmos.services.data import packing
+from llmos.services.data import tokenizer as tokens
 from llmos.services.data.base import Dialogue, read_text
 from llmos.services.model.load import load_tokenizer
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from llmos.services.data.packing import IGNORE, Examples
 from llmos.services.optim import optimizers, schedules
@@ -35,7 +34,7 @@ class Loop:
     """A model with its optimizer. The weights are float32; products run in `dtype`."""
 
     def __init__(
-        self, model: PreTrainedModel, args: TrainingArgs, lr: float, device: str, dtype: torch.dtype
+        self, model: torch.nn.Module, args: TrainingArgs, lr: float, device: str, dtype: torch.dtype
     ) -> None:
         # accelerate keeps its settings for the whole OS process; a worker has one training.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -79,9 +78,7 @@ class Loop:
         return Measured(total, seen / (time.perf_counter() - began), self.peak_lr * factor)
 
     @torch.no_grad()
-    def evaluate(
-        self, examples: Examples, indices: npt.NDArray[np.int64]
-    ) -> tuple[float, int]:
+    def evaluate(self, examples: Examples, indices: npt.NDArray[np.int64]) -> tuple[float, int]:
         """(sum of the losses, number of labels) over the examples, without dropout."""
         self.model.eval()
         inputs, labels = examples.batch(indices)

@@ -33,7 +33,7 @@ STATE = "state.json"
 # Validation looks at no more tokens than this, evenly spread: its end is worth waiting for.
 EVALUATION_TOKENS = 131_072
 
-# One call of `step` validates for about this long, so that the worker is never far from a safepoint.
+# One call of `step` validates for about this long: a safepoint is never far.
 EVALUATION_SLICE_S = 0.5
 
 
@@ -98,7 +98,7 @@ class Session:
 
     def _validate(self) -> Report:
         until = time.perf_counter() + EVALUATION_SLICE_S
-        while self.place.evaluated < len(self._held_out) and time.perf_counter() < until:
+        while self.place.evaluated < len(self._held_out):
             at = self.place.evaluated
             indices = self._held_out[at : at + self.args.batch]
             loss, labels = self.loop.evaluate(self.data.validation, indices)
@@ -108,6 +108,8 @@ class Session:
                 loss_sum=self.place.loss_sum + loss,
                 labels=self.place.labels + labels,
             )
+            if time.perf_counter() >= until:
+                break
         metrics = self._evaluation()
         if self.place.evaluated == len(self._held_out):
             self._end_validation(metrics)

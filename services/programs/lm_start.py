@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llmos.services.data.base import read_text
 from llmos.services.data.tokenizer import train_tokenizer
@@ -92,11 +92,12 @@ def shape_of(args: Pretrain.Args, tokenizer: PreTrainedTokenizerBase) -> Shape:
     )
 
 
-def _trainable(args: Finetune.Args) -> tuple[PreTrainedModel, Weights]:
+def _trainable(args: Finetune.Args) -> tuple[torch.nn.Module, Weights]:
     model = load_causal_lm(args.model, "float32")
-    align(model)
     if args.method == "full":
+        align(model)
         return model, Whole(model)
+    # Frozen weights may stay where they are mapped: their place in the file is always the same.
     adapted = add_adapter(
         model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets
     )

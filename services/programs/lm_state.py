@@ -34,9 +34,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> dict[str, 
     return {"values": plain, "groups": groups}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, folder: Path, rest: dict[str, Any]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, folder: Path, rest: dict[str, Any]) -> None:
     """Bring an optimizer over the same parameters back to what was saved."""
     state: dict[int, dict[str, Any]] = {}
     # Cloned: a tensor in a file mapping may be unaligned, and other kernels would run on it.
@@ -48,7 +46,8 @@ def restore_optimizer(
     if len(now) != len(rest["groups"]):
         raise BadInput("the checkpoint was made by another optimizer", "use the one it was made by")
     groups = [
-        {**new, **old, "params": new["params"]} for new, old in zip(now, rest["groups"], strict=True)
+        {**new, **old, "params": new["params"]}
+        for new, old in zip(now, rest["groups"], strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -56,18 +55,18 @@ def restore_optimizer(
 def seed_all(seed: int) -> None:
     """Seed every generator that a training draws from."""
     random.seed(seed)
-    np.random.seed(seed % (1 << 32))  # noqa: NPY002  (others' code draws from the global one)
+    np.random.seed(seed % (1 << 32))
     torch.manual_seed(seed)
 
 
 def save_random(folder: Path) -> dict[str, Any]:
     """Write the states of torch's generators; returns those of python and numpy."""
     states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for i, state in enumerate(torch.cuda.get_rng_state_all()):
             states[f"cuda{i}"] = state
     save_file(states, folder / RANDOM)
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
 
 
@@ -75,7 +74,7 @@ def restore_random(folder: Path, rest: dict[str, Any]) -> None:
     version, internal, gauss = rest["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *others = rest["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), *others))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, np.uint32), *others))
     states = {key: value.clone() for key, value in load_file(folder / RANDOM).items()}
     torch.set_rng_state(states["cpu"])
     for i in range(len(states) - 1):

@@ -7,6 +7,9 @@ keeps the model and learns low-rank additions to its linear layers.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,16 +65,18 @@ class Adapter:
         self.base = base
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(str(folder))
 
     def restore(self, folder: Path) -> None:
         set_peft_model_state_dict(self.model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
 
     def export(self, folder: Path) -> None:
         """The merged model, and the adapter alone in `adapter/`."""
-        self.model.save_pretrained(folder / "adapter")
+        self.model.save_pretrained(str(folder / "adapter"))
         fresh = load_causal_lm(self.base, "float32")
-        merged = PeftModel.from_pretrained(fresh, str(folder / "adapter")).merge_and_unload()
+        with _quiet():
+            adapted = PeftModel.from_pretrained(fresh, str(folder / "adapter"))
+        merged = adapted.merge_and_unload()
         merged.save_pretrained(folder)
 
 
@@ -86,11 +91,12 @@ def align(model: torch.nn.Module) -> None:
 
 
 def add_adapter(
-    model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: list[str]
+    model: PreTrainedModel, rank: int, alpha: int, dropout: float, targets: list[str]
 ) -> PeftModel:
     """The model with a new LoRA adapter; the rest of it is frozen. Raises BadArgument."""
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = [n for n, m in model.named_modules() if m is output]
     if not set(linear) - set(head):
         raise BadArgument(
             f"a model of type {model.config.model_type} has no linear layers for LoRA",
@@ -110,5 +116,14 @@ def add_adapter(
         target_modules=chosen,
         task_type="CAUSAL_LM",
     )
-    adapted: PeftModel = get_peft_model(model, config)
+    with _quiet():
+        adapted: PeftModel = get_peft_model(model, config)
     return adapted
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.23 for a name that is going to be another one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield

@@ -28,9 +28,7 @@ def run(ctx: Context, values: Values) -> int:
     ctx.print(
         f"llmos runs: pid {status['kernel']['os_pid']}, home {ctx.home.path}, devices {names}"
     )
-    ctx.say(
-        "  `llmos help` shows what it can do, `llmos` opens the shell, `llmos shutdown` ends it"
-    )
+    ctx.say("  `llmos` opens the shell, `llmos help` lists commands, `llmos shutdown` ends it")
     return 0
 
 

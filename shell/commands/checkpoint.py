@@ -19,8 +19,9 @@ def run(ctx: Context, values: Values) -> int:
 
 COMMAND = Command(
     name="checkpoint",
-    summary="Write a checkpoint of trainings now; returns when it is on disk",
+    summary="Write a checkpoint of trainings now",
     run=run,
     options=(PIDS, JSON),
+    details="Returns when it is on disk.",
     examples=("llmos checkpoint 3",),
 )

@@ -22,7 +22,7 @@ def run(ctx: Context, values: Values) -> int:
 
 COMMAND = Command(
     name="nice",
-    summary="Run a program with another nice value: -20 ... 19, lower is more important",
+    summary="Run a program with another nice value (lower: more important)",
     run=run,
     options=(
         Option("command", "the command and its arguments", positional=True, required=True,

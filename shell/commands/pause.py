@@ -18,9 +18,9 @@ def run(ctx: Context, values: Values) -> int:
 
 COMMAND = Command(
     name="pause",
-    summary="Take the device from processes until `resume`; their memory stays",
+    summary="Take the device from processes until `resume`",
     run=run,
     options=(PIDS,),
-    details="Returns when they are off the device.",
+    details="Their memory stays. Returns when they are off the device.",
     examples=("llmos pause 3", "llmos pause my-run other-run"),
 )

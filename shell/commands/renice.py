@@ -22,7 +22,7 @@ def run(ctx: Context, values: Values) -> int:
 
 COMMAND = Command(
     name="renice",
-    summary="Change the nice value of processes: -20 ... 19, lower is more important",
+    summary="Change the nice value of processes (lower: more important)",
     run=run,
     prepare=prepare,
     options=(

@@ -17,8 +17,9 @@ def run(ctx: Context, values: Values) -> int:
 
 COMMAND = Command(
     name="resume",
-    summary="Let paused processes go on, to the same result as if never paused",
+    summary="Let paused processes go on",
     run=run,
     options=(PIDS,),
+    details="The result is the same as if they had never been paused.",
     examples=("llmos resume 3",),
 )

@@ -27,7 +27,7 @@ def run(ctx: Context, values: Values) -> int:
 
 COMMAND = Command(
     name="shutdown",
-    summary="Stop every worker at a safe place with a checkpoint, and end the kernel",
+    summary="Checkpoint and stop every worker, and end the kernel",
     run=run,
     details="Returns when the kernel is gone. After the next `llmos boot` everything goes on "
     "that a person had not paused.",

@@ -29,7 +29,7 @@ def run(ctx: Context, values: Values) -> int:
 
 COMMAND = Command(
     name="wait",
-    summary="Wait until processes have ended; the exit status is the last one's",
+    summary="Wait until processes have ended, and exit as the last of them",
     run=run,
     options=(
         PIDS,

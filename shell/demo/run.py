@@ -124,7 +124,11 @@ class Demo:
     def account(self, client: Client) -> None:
         self.head("The books, from the kernel's records")
         self.collect(client)
-        self.print_table(client.ps(all=True))
+        processes = client.ps(all=True)
+        self.print_table([p for p in processes if p["role"] == "process"])
+        answers = [p for p in processes if p["role"] == "guest"]
+        spent = sum(p["device_seconds"] for p in answers)
+        self.say(f"  and {len(answers)} answers in {spent:.1f} s of device time, loading included")
         device = client.mem()[0]
         self.say(
             f"  {device['device']}: foreign {size(device['foreign_bytes'])} + promised "
@@ -237,7 +241,7 @@ class Demo:
             Column("PROMISED", right=True), Column("MEASURED", right=True),
             Column("PREEMPT", right=True), Column("STEP", right=True),
         )  # fmt: skip
-        shown = [p for p in processes if p["role"] != "service" and interesting(p)]
+        shown = [p for p in processes if p["role"] != "service"]
         rows = [
             (
                 str(p["pid"]), p["program"], p["name"], p["state"], str(p["nice"]),
@@ -270,11 +274,6 @@ class Demo:
 
     def say(self, text: str) -> None:
         self.ctx.print(text)
-
-
-def interesting(p: Record) -> bool:
-    """In the books at the end: what ran for long, not each of the forty questions."""
-    return bool(p["role"] != "guest" or p["state"] != "exited" or p["device_seconds"] > 1)
 
 
 def grouped(preemptions: list[Record]) -> list[tuple[int, list[int]]]:

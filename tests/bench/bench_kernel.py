@@ -114,7 +114,9 @@ def calls(home: Path, seconds: float) -> None:
     raw = round_trips(path, seconds, lambda d: len(d) > 0)
     server.wait(timeout=10)
     unpacker = Unpacker()
-    kernel = round_trips(str(home / "kernel.sock"), seconds, lambda d: any(True for _ in unpacker.feed(d)))
+    kernel = round_trips(
+        str(home / "kernel.sock"), seconds, lambda d: any(True for _ in unpacker.feed(d))
+    )
     ratio = statistics.median(kernel) / statistics.median(raw)
     print(f"raw blocking echo       1 client   {quantiles(raw)}   {len(raw) / seconds:8.0f}/s")
     print(f"llmos null call         1 client   {quantiles(kernel)}   {len(kernel) / seconds:8.0f}/s"
@@ -142,7 +144,9 @@ def start_of_a_process(home: Path, starts: int) -> None:
     ours, theirs = statistics.median(samples), statistics.median(fresh)
     print(f"submit to first step    {ours * 1e3:6.1f} ms median, {max(samples) * 1e3:.1f} ms worst of "
           f"{starts} (target 60)")  # fmt: skip
-    print(f"python -c 'import torch, transformers'   {theirs * 1e3:6.0f} ms   ({theirs / ours:.0f} x)")
+    print(
+        f"python -c 'import torch, transformers'   {theirs * 1e3:6.0f} ms   ({theirs / ours:.0f} x)"
+    )
 
 
 def main() -> None:

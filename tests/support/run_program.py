@@ -128,7 +128,9 @@ class Run:
         return folder
 
 
-def admit(run: Run, pid: int, program: str, rank: tuple[int, int, int] = (0, 0, 0), **args: Any) -> Guest:
+def admit(
+    run: Run, pid: int, program: str, rank: tuple[int, int, int] = (0, 0, 0), **args: Any
+) -> Guest:
     """Bring a guest to an engine."""
     guest = Guest(pid=pid, program=program, args=args, rank=rank)
     run.program.admit(run.ctx, guest)

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-TEXT = ["the cat sat on the mat and the dog ran", "你好，世界。今天天气很好", "🙂🎉 naïve café"] * 20
+TEXT = [
+    "the cat sat on the mat and the dog ran",
+    "你好，世界。今天天气很好",
+    "🙂🎉 naïve café",
+] * 20
 VOCABULARY = 320
 CONTEXT = 128
 

@@ -34,6 +34,8 @@ class Toy:
         self._guests: dict[str, dict[int, int]] = {}  # worker -> guest -> tokens to go
         self._loaded: set[str] = set()
         self._seen: dict[str, int] = {}
+        self._parked: set[int] = set()
+        self._holds: dict[str, int] = {}  # worker -> token of the hold that is under way
 
     # ---- what a test does ----
 
@@ -55,7 +57,12 @@ class Toy:
         return pid
 
     def submit_guest(
-        self, model: str = "m", tokens: int = 5, cls: Class = Class.INTERACTIVE, nice: int = 0
+        self,
+        model: str = "m",
+        tokens: int = 5,
+        cls: Class = Class.INTERACTIVE,
+        nice: int = 0,
+        turns: bool = False,
     ) -> int:
         engine = None
         if model not in self.core.m.engines:
@@ -65,7 +72,7 @@ class Toy:
             )  # fmt: skip
         pid = next(self._pids)
         guest = Process(
-            pid, "infer", {"tokens": tokens}, "u", 0, self.now, role=Role.GUEST, engine_key=model,
+            pid, "infer", {"tokens": tokens, "turns": turns}, "u", 0, self.now, role=Role.GUEST, engine_key=model,
             cls=cls, nice=nice,
         )  # fmt: skip
         self.do(ev.Submitted(guest, engine))
@@ -124,6 +131,7 @@ class Toy:
             case ev.Load():
                 self._at(LOAD_S, lambda: self._load(o.worker_id))
             case ev.Grant():
+                self._holds.pop(o.worker_id, None)
                 self._begin(o.worker_id)
             case ev.Hold():
                 self._hold(o.worker_id)
@@ -137,6 +145,12 @@ class Toy:
                 self._seen[o.worker_id] = self._seen.get(o.worker_id, 0) + 1
                 tokens = int(self.proc(o.pid).args["tokens"])
                 self._guests.setdefault(o.worker_id, {})[o.pid] = tokens
+            case ev.Rank():
+                (self._parked.add if o.parked else self._parked.discard)(o.pid)
+            case ev.Forward():
+                self._seen[o.worker_id] = self._seen.get(o.worker_id, 0) + 1
+                if o.pid in self._guests.get(o.worker_id, {}):
+                    self._guests[o.worker_id][o.pid] = int(self.proc(o.pid).args["tokens"])
             case ev.Drop():
                 self._seen[o.worker_id] = self._seen.get(o.worker_id, 0) + 1
                 self._guests.get(o.worker_id, {}).pop(o.pid, None)
@@ -168,7 +182,13 @@ class Toy:
         running = self._running.pop(worker, None)
         if running is not None:
             self._left[worker] -= self.now - running[0]
-        self._post(HOLD_S, worker, ev.WorkerHeld(worker))
+        token = self._holds[worker] = next(self._seq)
+
+        def held() -> None:
+            if self._lives(worker) and self._holds.pop(worker, -1) == token:
+                self.do(ev.WorkerHeld(worker))
+
+        self._at(HOLD_S, held)
 
     def _step(self, worker: str, token: int) -> None:
         if self._running.get(worker, (0, -1))[1] != token or not self._lives(worker):
@@ -199,14 +219,20 @@ class Toy:
     def _token(self, worker: str) -> None:
         guests = self._guests.get(worker, {})
         floor = self.core.m.workers[worker].floor
-        runnable = [g for g in guests if self.proc(g).rank()[0] <= floor]
+        runnable = [
+            g
+            for g, to_go in guests.items()
+            if to_go and g not in self._parked and self.proc(g).rank()[0] <= floor
+        ]
         if not runnable:
             self.do(ev.WorkerIdle(worker, self._seen.get(worker, 0)))
             return
         pid = min(runnable, key=lambda g: self.proc(g).rank())
         guests[pid] -= 1
         self.do(ev.Reported(worker, 1, None, {}, {pid: 1.0}))
-        if guests.get(pid) == 0:
+        if guests.get(pid) == 0 and self.proc(pid).args["turns"]:
+            self.do(ev.GuestIdle(worker, pid))
+        elif guests.get(pid) == 0:
             del guests[pid]
             self.do(ev.ProcessDone(worker, pid, 0, "", {"tokens": 1}))
 
@@ -217,5 +243,6 @@ class Toy:
         self._post(2 * HOLD_S, worker, ev.WorkerGone(worker, 0))
 
     def _forget(self, worker: str) -> None:
+        self._holds.pop(worker, None)
         self._running.pop(worker, None)
         self._loaded.discard(worker)

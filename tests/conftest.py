@@ -1,0 +1,32 @@
+"""Fixtures that more than one room uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.live import Live
+
+
+@pytest.fixture(scope="module")
+def module_kernel() -> Iterator[Live]:
+    live = Live()
+    live.run(live.boot())
+    yield live
+    live.run(live.down())
+    live.dispose()
+
+
+@pytest.fixture
+def live(module_kernel: Live) -> Iterator[Live]:
+    """A running kernel with one simulated device of 1 GiB; no process lives before or after."""
+    yield module_kernel
+    module_kernel.run(module_kernel.clean())
+
+
+@pytest.fixture
+def fresh() -> Iterator[Live]:
+    """A kernel for one test, which boots it, and may shut it down and boot it again."""
+    live = Live()
+    yield live
+    live.dispose()
