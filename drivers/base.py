@@ -9,7 +9,8 @@ socket is between them. To the worker:
 
     hello     proto, secret, home_id          the handshake; the worker answers `hello`
     load      pid, program, entry, args, work, home, device, threads, restore, role
-    lease     floor                           it has the device (guests above floor stay out)
+    lease     floor, held_s                   it has the device (guests above floor stay out);
+                                              for how long it has been held so far, in all
     admit     pid, program, args, rank, sent, parked, work      a guest for an engine
     drop      pid                             a guest was killed
     rank      pid, rank, parked               a guest's rank changed

@@ -74,7 +74,8 @@ class _Bench:
         )
         self.driver.start(spec)
         came = await self.until(
-            f"{worker_id} comes up", lambda e: isinstance(e, WorkerCame) and e.worker_id == worker_id
+            f"{worker_id} comes up",
+            lambda e: isinstance(e, WorkerCame) and e.worker_id == worker_id,
         )
         assert came.os_pid > 0
         assert not came.adopted

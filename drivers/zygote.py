@@ -26,7 +26,10 @@ SPIN_COUNT = "10000"
 
 
 class Zygote(asyncio.Protocol):
-    """`told` gets forked, failed, exited and planned. Orders wait until it is ready."""
+    """`told` gets forked, failed, exited and planned. Orders wait until it is ready.
+
+    When it dies before it has answered an order, the next one gets it.
+    """
 
     def __init__(self, home: Path, told: Callable[[dict[str, Any]], None]) -> None:
         self.path = home / "zygote.sock"
@@ -36,7 +39,8 @@ class Zygote(asyncio.Protocol):
         self._told = told
         self._unpacker = Unpacker()
         self._transport: asyncio.Transport | None = None
-        self._waiting: list[bytes] = []
+        # Orders without an answer yet, and which zygote (os_pid) has them; 0: none.
+        self._open: dict[tuple[str, Any], tuple[bytes, int]] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
@@ -64,11 +68,21 @@ class Zygote(asyncio.Protocol):
         self.state = "ended"
 
     def send(self, message: dict[str, Any]) -> None:
-        frame = pack(message)
-        if self._transport is not None and self.state == "ready":
-            self._transport.write(frame)
-        else:
-            self._waiting.append(frame)
+        """Order a `fork` or a `plan`."""
+        self._open[_key(message)] = (pack(message), 0)
+        if self.state == "ready":
+            self._hand_over()
+        elif self.state == "failed":
+            self.state = "starting"
+            self.open()
+
+    def _hand_over(self) -> None:
+        if self._transport is None:
+            return
+        for key, (frame, owner) in self._open.items():
+            if owner != self.os_pid:
+                self._transport.write(frame)
+                self._open[key] = (frame, self.os_pid)
 
     async def _come_up(self) -> None:
         """Dial the zygote of an earlier kernel, else start one and dial that."""
@@ -78,15 +92,18 @@ class Zygote(asyncio.Protocol):
         pause, waited = 0.01, 0.0
         while not await self._dial():
             if self._process is not None and self._process.returncode is not None:
-                self.state = "failed"
-                self._told({"k": "down", "why": f"see {self.log}"})
+                self._fail(f"see {self.log}")
                 return
             if waited > START_LIMIT_S:
-                self.state = "failed"
-                self._told({"k": "down", "why": f"it did not start in {START_LIMIT_S:.0f} s"})
+                self._fail(f"it did not start in {START_LIMIT_S:.0f} s")
                 return
             await asyncio.sleep(pause)
             waited, pause = waited + pause, min(pause * 1.5, 0.05)
+
+    def _fail(self, why: str) -> None:
+        self.state = "failed"
+        self._open.clear()
+        self._told({"k": "down", "why": why})
 
     async def _dial(self) -> bool:
         loop = asyncio.get_running_loop()
@@ -115,10 +132,9 @@ class Zygote(asyncio.Protocol):
         for message in self._unpacker.feed(data):
             if message["k"] == "ready":
                 self.state, self.os_pid = "ready", message["os_pid"]
-                assert self._transport is not None
-                for frame in self._waiting:
-                    self._transport.write(frame)
-                self._waiting.clear()
+                self._hand_over()
+            elif message["k"] != "exited":
+                self._open.pop(_key(message), None)
             self._told(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -129,3 +145,10 @@ class Zygote(asyncio.Protocol):
             # subreaper); the next fork needs a new one.
             self.state = "starting"
             self._task = asyncio.get_running_loop().create_task(self._come_up())
+
+
+def _key(message: dict[str, Any]) -> tuple[str, Any]:
+    """What an order and its answer have in common."""
+    if "ticket" in message:
+        return "plan", message["ticket"]
+    return "fork", message["worker_id"]

@@ -6,6 +6,7 @@ Knows only data: names, types, limits. What is in the files is for the program's
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -61,8 +62,15 @@ def _value(f: dict[str, Any], value: Any) -> Any:
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     expected = {"str": str, "int": int, "float": float, "bool": bool, "list": list}[kind]
-    if not isinstance(value, expected) or (kind == "int" and isinstance(value, bool)):
+    fits = isinstance(value, expected) and not (kind == "int" and isinstance(value, bool))
+    if kind == "list" and fits:
+        fits = all(isinstance(item, str) for item in value)
+    if kind == "float" and fits:
+        fits = math.isfinite(value)
+    if not fits:
         raise BadArgument(f"{_called(f)} is {_WORDS[kind]}, not {value!r}"[:300])
+    if kind == "str" and "\0" in value:
+        raise BadArgument(f"{_called(f)} has a zero byte in it")
     choices = f.get("choices")
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)

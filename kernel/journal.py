@@ -40,6 +40,7 @@ class Journal:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self.failed: str = ""
+        self._unwritten: dict[int, tuple[str, tuple[Any, ...]]] = {}  # kept until the disk takes it
         self.commits = 0
         self.rows = 0
 
@@ -49,13 +50,15 @@ class Journal:
             db = self._connect()
             db.executescript(_SCHEMA)
             db.execute(
-                "DELETE FROM process WHERE ended IS NOT NULL AND (ended < unixepoch() - ? OR pid <= "
-                "(SELECT pid FROM process WHERE ended IS NOT NULL ORDER BY pid DESC "
+                "DELETE FROM process WHERE ended IS NOT NULL AND (ended < unixepoch() - ? "
+                "OR pid <= (SELECT pid FROM process WHERE ended IS NOT NULL ORDER BY pid DESC "
                 "LIMIT 1 OFFSET ?))",
                 (KEEP_S, KEEP_ROWS),
             )
             db.commit()
-            found = [unpack_row(row) for (row,) in db.execute("SELECT row FROM process ORDER BY pid")]
+            found = [
+                unpack_row(row) for (row,) in db.execute("SELECT row FROM process ORDER BY pid")
+            ]
             db.close()
         except sqlite3.Error as exc:
             raise HomeUnusable(f"the journal {self._path} cannot be used: {exc}") from None
@@ -106,15 +109,17 @@ class Journal:
     def _commit(self, db: sqlite3.Connection, batch: list[_Work]) -> None:
         """One commit for all that is queued, then the answers."""
         error: LlmosError | None = None
-        statements = [s for work, _ in batch for s in work]
-        if statements:
+        # Each statement replaces a whole row: the last one of a pid is enough.
+        self._unwritten |= {values[0]: (sql, values) for work, _ in batch for sql, values in work}
+        if self._unwritten:
             try:
                 db.execute("BEGIN IMMEDIATE")
-                for sql, values in statements:
+                for sql, values in self._unwritten.values():
                     db.execute(sql, values)
                 db.execute("COMMIT")
                 self.commits += 1
                 self.failed = ""
+                self._unwritten.clear()
             except sqlite3.Error as exc:
                 if db.in_transaction:
                     db.execute("ROLLBACK")

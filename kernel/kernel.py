@@ -199,7 +199,9 @@ class Kernel:
     def _tell(self, event: DriverEvent) -> None:
         self.inbox.take(event)
 
-    async def changed(self, pid: int, until: Callable[[Process], bool], limit_s: float | None) -> Process:
+    async def changed(
+        self, pid: int, until: Callable[[Process], bool], limit_s: float | None
+    ) -> Process:
         """Wait until `until(process)` holds. TimedOut after `limit_s`; NoSuchProcess when the
         process is refused while somebody waits for it."""
         proc = self.core.m.find(pid)

@@ -83,7 +83,8 @@ class Ledger:
         system = 0
         if SYSTEM_PID in self._accounts and self._accounts[SYSTEM_PID].device == device:
             system = self._accounts[SYSTEM_PID].private_bytes
-        return sum(s["bytes"] for s in segments) <= self.capacity(device) - system
+        need = sum(int(s["bytes"]) for s in segments)
+        return need <= self.capacity(device) - system
 
     def can_reserve(self, device: str, segments: list[dict[str, Any]]) -> bool:
         return self.need(device, segments) <= self.free(device)
@@ -125,7 +126,7 @@ class Ledger:
         d.pids.discard(pid)
         d.private_bytes -= account.private_bytes
         for key in account.shared:
-            kind, nbytes, holders = d.shared[key]
+            _, nbytes, holders = d.shared[key]
             holders.discard(pid)
             if not holders:
                 del d.shared[key]
@@ -177,7 +178,13 @@ class Ledger:
         """What `mem --json` shows of one device."""
         d = self._devices[device]
         segments = [
-            {"kind": kind, "bytes": nbytes, "pids": [pid], "residency": a.residency, "shared": False}
+            {
+                "kind": kind,
+                "bytes": nbytes,
+                "pids": [pid],
+                "residency": a.residency,
+                "shared": False,
+            }
             for pid in sorted(d.pids)
             for a in (self._accounts[pid],)
             for kind, nbytes in sorted(a.private.items())

@@ -8,8 +8,8 @@ from llmos.kernel import admission, turns
 from llmos.kernel.errors import BadArgument, IllegalMove
 from llmos.kernel.events import (
     AskCheckpoint,
-    CheckpointAsked,
     Changed,
+    CheckpointAsked,
     Checkpointed,
     Drop,
     Forget,
@@ -373,7 +373,9 @@ def resume_asked(m: Machine, e: ResumeAsked) -> None:
         raise IllegalMove(f"process {e.pid} is {proc.state}, not paused")
     worker = m.worker_of(proc)
     if proc.role is Role.GUEST:
-        m.move(proc, State.WAITING, "resumed by a person", "input" if proc.awaits_input else "engine")
+        m.move(
+            proc, State.WAITING, "resumed by a person", "input" if proc.awaits_input else "engine"
+        )
         join_engine(m, proc)
         _tell_rank(m, proc)
     elif worker is not None:

@@ -81,7 +81,9 @@ class Inbox:
         status, reason = int(m.get("status", 1)), str(m.get("reason", ""))
         result = m.get("result")
         self._k.post(
-            ev.ProcessDone(worker_id, pid, status, reason, result if isinstance(result, dict) else {})
+            ev.ProcessDone(
+                worker_id, pid, status, reason, result if isinstance(result, dict) else {}
+            )
         )
 
     def _said(self, e: WorkerSaid) -> None:

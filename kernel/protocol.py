@@ -216,7 +216,9 @@ def decode(message: Any) -> tuple[int, Request]:
     checks = _CHECKS[cls]
     for key, value in args.items():
         if key not in checks:
-            raise BadArgument(f"{name} has no field {key!r}", f"it has {', '.join(checks) or 'none'}")
+            raise BadArgument(
+                f"{name} has no field {key!r}", f"it has {', '.join(checks) or 'none'}"
+            )
         if not _is(value, checks[key]):
             raise BadArgument(f"{name}: {key} is {_show(checks[key])}, not {value!r}"[:500])
     try:

@@ -48,11 +48,10 @@ class Unpacker:
 
     def feed(self, data: bytes) -> Iterator[Any]:
         """Yield each value that `data` completes. Raises ProtocolError on a bad frame."""
-        if not self._buffer:
-            # The common case, without a copy: the data is exactly one frame.
-            if len(data) >= 4 and len(data) == 4 + self._size(data, 0):
-                yield unpack(memoryview(data)[4:])
-                return
+        # The common case, without a copy: the data is exactly one frame.
+        if not self._buffer and len(data) >= 4 and len(data) == 4 + self._size(data, 0):
+            yield unpack(memoryview(data)[4:])
+            return
         self._buffer += data
         at = 0
         while len(self._buffer) - at >= 4:

@@ -27,7 +27,9 @@ def serve(connection: socket.socket, service: Service) -> None:
     while data := connection.recv(1 << 16):
         for message in unpacker.feed(data):
             if message["k"] == "call":
-                connection.sendall(pack({"k": "answer", "id": message["id"], **answer(service, message)}))
+                connection.sendall(
+                    pack({"k": "answer", "id": message["id"], **answer(service, message)})
+                )
 
 
 def answer(service: Service, message: dict[str, Any]) -> dict[str, Any]:

@@ -38,8 +38,7 @@ def key_of(points: list[importlib.metadata.EntryPoint]) -> str:
         origin = spec.origin if spec else None
         changed = os.stat(origin).st_mtime_ns if origin else 0
         parts.append(f"{point.group} {point.name} {point.value} {version} {changed}")
-    for module in (services, programs):
-        parts.append(str(os.stat(str(module.__file__)).st_mtime_ns))
+    parts += [str(os.stat(str(m.__file__)).st_mtime_ns) for m in (services, programs)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -60,9 +59,7 @@ def make(points: list[importlib.metadata.EntryPoint]) -> dict[str, Any]:
 
 
 def entry_points() -> list[importlib.metadata.EntryPoint]:
-    found = {
-        (p.group, p.name): p for g in GROUPS for p in importlib.metadata.entry_points(group=g)
-    }
+    found = {(p.group, p.name): p for g in GROUPS for p in importlib.metadata.entry_points(group=g)}
     return [found[k] for k in sorted(found)]
 
 

@@ -17,6 +17,10 @@ from llmos.shell.home import Home, prepare
 BOOT_S = 30.0
 _POLL_S = 0.005
 
+# Kernels that this process started and that may still run: they are its children until it ends,
+# and a child that has ended must be reaped to be gone (the interactive shell lives for days).
+_started: list[subprocess.Popen[bytes]] = []
+
 
 def kernel_command(home: Home, devices: Sequence[str], policy: str) -> list[str]:
     """The command line of a kernel. -P: a file in the user's folder must not shadow a module."""
@@ -42,6 +46,7 @@ class Launch:
                 cwd=home.path,
                 start_new_session=True,  # Ctrl-C and a closed terminal are not for the kernel
             )
+        _started.append(self._process)
 
     def wait(self, timeout_s: float = BOOT_S) -> Record:
         """The status of the kernel once it answers. Raises Busy, LlmosError, TimedOut."""
@@ -122,6 +127,7 @@ def wait_gone(os_pid: int, timeout_s: float) -> None:
 
 def alive(os_pid: int) -> bool:
     """Is there such a process? One that has ended and waits for its parent does not count."""
+    _started[:] = [child for child in _started if child.poll() is None]
     try:
         stat = Path(f"/proc/{os_pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -101,11 +101,20 @@ def _call(name: str, cls: type[Any]) -> str:
     fields = dataclasses.fields(cls)
     if fields:
         hints = get_type_hints(cls)
-        rows = [(f"`{f.name}`", _type(hints[f.name]), _default(f)) for f in fields]
-        lines += [*_table(("field", "type", "default"), rows), ""]
+        notes = _notes(cls)
+        rows = [
+            (f"`{f.name}`", _type(hints[f.name]), _default(f), notes.get(f.name, ""))
+            for f in fields
+        ]
+        lines += [*_table(("field", "type", "default", ""), rows), ""]
     else:
         lines += ["No fields.", ""]
     return "\n".join(lines)
+
+
+def _notes(cls: type[Any]) -> dict[str, str]:
+    """What the comments beside the fields of a request say."""
+    return dict(re.findall(r"^    (\w+): .+?  # (.+)$", inspect.getsource(cls), re.M))
 
 
 def _type(hint: Any) -> str:

@@ -55,6 +55,8 @@ class _Worker:
     ended: bool = False
     stopped: bool = False
     holding: bool = False
+    held_at: float = 0.0
+    held_s: float = 0.0
 
 
 class CpuDriver:
@@ -133,11 +135,13 @@ class CpuDriver:
         worker = self._workers.get(worker_id)
         if worker is None or worker.ended:
             return
-        worker.holding = False
         if worker.stopped:
+            # A hold that had not shown yet has cost next to nothing.
+            worker.held_s += 0.0 if worker.holding else self._loop.time() - worker.held_at
             worker.stopped = False
             self._kill_group(worker, signals.SIGCONT)
-        self.send(worker_id, {"k": "lease", "floor": floor})
+        worker.holding = False
+        self.send(worker_id, {"k": "lease", "floor": floor, "held_s": worker.held_s})
 
     def hold(self, worker_id: str) -> None:
         worker = self._workers.get(worker_id)
@@ -171,15 +175,17 @@ class CpuDriver:
     def _from_zygote(self, message: dict[str, Any]) -> None:
         match message["k"]:
             case "forked":
-                worker = self._workers[message["worker_id"]]
+                worker = self._workers.get(message["worker_id"])
+                if worker is None:  # an earlier kernel asked for it
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(message["os_pid"], signals.SIGKILL)
+                    return
                 worker.os_pid = message["os_pid"]
                 self._came_to_be(worker)
-            case "failed":
-                self._ended(self._workers[message["worker_id"]], 71)
-            case "exited":
-                worker = self._workers.get(message["worker_id"])  # type: ignore[assignment]
+            case "failed" | "exited":
+                worker = self._workers.get(message["worker_id"])
                 if worker is not None:
-                    self._ended(worker, message["status"])
+                    self._ended(worker, message.get("status", 71))
             case "planned":
                 self._plans.discard(message["ticket"])
                 self._tell(
@@ -267,7 +273,7 @@ class CpuDriver:
         if not worker.holding or worker.ended:
             return
         if procfs.is_stopped(worker.os_pid):
-            worker.holding = False
+            worker.holding, worker.held_at = False, self._loop.time()
             self._tell(WorkerHeld(worker.spec.worker_id))
         elif self._loop.time() < spin_until:
             self._loop.call_soon(self._see_it_stop, worker, spin_until)
@@ -347,4 +353,3 @@ class CpuDriver:
             system_bytes=ours if first else 0,
             workers=mine,
         )
-

@@ -54,7 +54,10 @@ def memory_bytes() -> tuple[int, int, str]:
     total, available = meminfo["MemTotal"], meminfo["MemAvailable"]
     for limit_file, usage_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
     ):
         try:
             text = Path(limit_file).read_text().strip()

@@ -75,6 +75,4 @@ def _rollup(os_pid: int, wanted: tuple[str, ...]) -> int:
         text = Path(f"/proc/{os_pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return 0
-    return sum(
-        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(wanted)
-    )
+    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(wanted))

@@ -122,5 +122,3 @@ class HostDriver:
             self._tell(WorkerCame(worker_id, message["os_pid"], message))
         else:
             self._tell(WorkerSaid(worker_id, message))
-
-

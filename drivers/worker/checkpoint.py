@@ -35,9 +35,13 @@ def write(root: Path, step: int, fill: Callable[[Path], None], keep: int = 2) ->
     _sync(aside / CHECKSUMS)
     for folder in [p for p in aside.rglob("*") if p.is_dir()] + [aside]:
         _sync(folder)
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = root / ".replaced"  # one of the same step: whole until the new one is in place
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
     aside.rename(final)
     _sync(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in _folders(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

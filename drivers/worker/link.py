@@ -23,7 +23,11 @@ PROTO = 1
 
 class Link:
     def __init__(
-        self, listener: socket.socket, worker_id: str, secret: str, hello: Callable[[], dict[str, Any]]
+        self,
+        listener: socket.socket,
+        worker_id: str,
+        secret: str,
+        hello: Callable[[], dict[str, Any]],
     ) -> None:
         self._listener = listener
         self._worker_id = worker_id
@@ -33,6 +37,7 @@ class Link:
         self._lock = threading.Lock()
         self._seq = 0
         self._kept: dict[int, dict[str, Any]] = {}
+        self.held_s = 0.0  # how long this worker has been held so far, as its driver counts
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._accept, name="link", daemon=True).start()
 
@@ -91,6 +96,8 @@ class Link:
                 elif message["k"] == "ack":
                     self._acknowledge(message["seq"])
                 else:
+                    # Read by the clock in the middle of a step: not only between steps.
+                    self.held_s = message.get("held_s", self.held_s)
                     self.inbox.put(message)
         with self._lock:
             if self._connection is connection:

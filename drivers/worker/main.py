@@ -58,9 +58,17 @@ class Worker:
         self.link = Link(listener, order["worker_id"], order.get("secret", ""), self.hello)
 
     def hello(self) -> dict[str, Any]:
-        return {"loaded": self.loaded, "step": self.step, "pid": self.pid, "guests": list(self.guests)}
+        return {
+            "loaded": self.loaded,
+            "step": self.step,
+            "pid": self.pid,
+            "guests": list(self.guests),
+        }
 
     # ---- what the program sees (services/programs/base.py: Context) ----
+
+    def clock(self) -> float:
+        return time.monotonic() - self.link.held_s
 
     def emit(self, kind: str, pid: int | None = None, **values: Any) -> None:
         target = self.pid if pid is None else pid
@@ -148,7 +156,9 @@ class Worker:
         self.link.post({"k": "loaded"}, keep=True)
 
     def restore(self) -> None:
-        folder = checkpoint.newest(self.work / "checkpoints", lambda text: self.emit("note", text=text))
+        folder = checkpoint.newest(
+            self.work / "checkpoints", lambda text: self.emit("note", text=text)
+        )
         if folder is None:
             return
         self.program.restore(folder)
@@ -253,7 +263,7 @@ class Worker:
         sent = sum(len(r.get("tokens", ())) for r in records if r["kind"] == "text")
         self.guests[pid] = str(work)
         self.streams[pid] = Stream(work / "stream")
-        guest = self.program.Guest(
+        guest = self.program.guest_type(
             pid, m["program"], m["args"], tuple(m["rank"]), sent, m["parked"]
         )
         try:

@@ -110,7 +110,9 @@ class Zygote:
         if self.kernel is not None:
             self.kernel.close()
         self.kernel, self.unpacker = connection, Unpacker()
-        self.tell({"k": "ready", "os_pid": os.getpid(), "threads": len(os.listdir("/proc/self/task"))})
+        self.tell(
+            {"k": "ready", "os_pid": os.getpid(), "threads": len(os.listdir("/proc/self/task"))}
+        )
 
     def tell(self, message: dict[str, Any]) -> None:
         """To the kernel, if there is one. What must not be lost lies on disk."""
@@ -149,8 +151,9 @@ class Zygote:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             listener = socket.socket(socket.AF_UNIX)
             address = str(folder / "sock")
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(address)
+            for old in (address, str(folder / "exit")):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(old)
             listener.bind(address)
             os.chmod(address, 0o600)
             listener.listen(4)
@@ -296,7 +299,7 @@ def main() -> None:
     preload()
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
-        print(f"zygote: {threads} OS threads after preloading; forks may hang", file=sys.stderr)
+        sys.stderr.write(f"zygote: {threads} OS threads after preloading; forks may hang\n")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     zygote = Zygote(sys.argv[1])
     try:

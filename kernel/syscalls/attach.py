@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from llmos.kernel import protocol
+from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument
 from llmos.kernel.kernel import Kernel
-from llmos.kernel.connection import Connection
 from llmos.kernel.streams import read_records
 from llmos.kernel.syscalls.wait import outcome
 

@@ -6,15 +6,17 @@ from typing import Any
 
 from llmos.kernel import events as ev
 from llmos.kernel import protocol
+from llmos.kernel.connection import Connection
 from llmos.kernel.errors import IllegalMove
 from llmos.kernel.kernel import Kernel
-from llmos.kernel.connection import Connection
 
 # It comes at the next step boundary, and the process may have to wait for its turn.
 LIMIT_S = 300.0
 
 
-async def handle(kernel: Kernel, request: protocol.Checkpoint, client: Connection) -> dict[str, Any]:
+async def handle(
+    kernel: Kernel, request: protocol.Checkpoint, client: Connection
+) -> dict[str, Any]:
     before = kernel.core.m.find(request.pid).checkpoint
     kernel.post(ev.CheckpointAsked(request.pid))
     proc = await kernel.changed(

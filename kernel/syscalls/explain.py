@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from llmos.kernel import protocol
+from llmos.kernel.connection import Connection
 from llmos.kernel.kernel import Kernel
 from llmos.kernel.process import Process, Role, State
-from llmos.kernel.connection import Connection
 
 GIB = 1024**3
 
@@ -41,7 +41,8 @@ def _advice(kernel: Kernel, proc: Process) -> Any:
     if proc.pid in m.waiting:
         need = sum(s["bytes"] for s in proc.segments)
         device = proc.device_wanted or max(m.devices, key=m.ledger.free)
-        yield f"needs {need / GIB:.2f} GiB on {device}; {m.ledger.free(device) / GIB:.2f} GiB are free"
+        free = m.ledger.free(device)
+        yield f"needs {need / GIB:.2f} GiB on {device}; {free / GIB:.2f} GiB are free"
         for pid, held in m.ledger.holders(device):
             if pid:
                 yield f"process {pid} holds {held / GIB:.2f} GiB: `llmos kill {pid}` would free it"

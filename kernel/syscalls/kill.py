@@ -6,8 +6,8 @@ from typing import Any
 
 from llmos.kernel import events as ev
 from llmos.kernel import protocol
-from llmos.kernel.kernel import Kernel
 from llmos.kernel.connection import Connection
+from llmos.kernel.kernel import Kernel
 from llmos.kernel.syscalls import pause, resume
 
 # A worker that does not die of the signal within this is told by name.

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from llmos.kernel import protocol
+from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument
 from llmos.kernel.kernel import Kernel
-from llmos.kernel.connection import Connection
 from llmos.kernel.streams import read_bytes, tail_offset
 
 # A process prints without telling the kernel: a reader that follows looks this often.

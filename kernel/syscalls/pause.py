@@ -6,9 +6,9 @@ from typing import Any
 
 from llmos.kernel import events as ev
 from llmos.kernel import protocol
+from llmos.kernel.connection import Connection
 from llmos.kernel.kernel import Kernel
 from llmos.kernel.process import Process
-from llmos.kernel.connection import Connection
 
 LIMIT_S = 10.0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmos.kernel import protocol
-from llmos.kernel.kernel import Kernel
 from llmos.kernel.connection import Connection
+from llmos.kernel.kernel import Kernel
 
 
 async def handle(kernel: Kernel, request: protocol.Programs, client: Connection) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from llmos.kernel import events as ev
 from llmos.kernel import protocol
-from llmos.kernel.kernel import Kernel
 from llmos.kernel.connection import Connection
+from llmos.kernel.kernel import Kernel
 
 
 async def handle(kernel: Kernel, request: protocol.Renice, client: Connection) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from llmos.kernel import events as ev
 from llmos.kernel import protocol
+from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument, NoSuchThing
 from llmos.kernel.kernel import Kernel
 from llmos.kernel.process import State
-from llmos.kernel.connection import Connection
 
 UP_S = 30.0
 
@@ -28,9 +28,7 @@ async def handle(kernel: Kernel, request: protocol.Services, client: Connection)
     pid = kernel.service_pids[request.name]
     before = kernel.core.m.find(pid).worker_id
     kernel.post(ev.RestartAsked(pid))
-    await kernel.changed(
-        pid, lambda p: p.state is State.RUNNING and p.worker_id != before, UP_S
-    )
+    await kernel.changed(pid, lambda p: p.state is State.RUNNING and p.worker_id != before, UP_S)
     return {"name": request.name, "pid": pid}
 
 

@@ -8,8 +8,8 @@ from importlib import metadata
 from typing import Any
 
 from llmos.kernel import protocol
-from llmos.kernel.kernel import Kernel
 from llmos.kernel.connection import Connection
+from llmos.kernel.kernel import Kernel
 
 
 def handle(kernel: Kernel, request: protocol.Status, client: Connection) -> dict[str, Any]:

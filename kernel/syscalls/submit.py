@@ -12,10 +12,10 @@ from typing import Any
 
 from llmos.kernel import admission, arguments, protocol
 from llmos.kernel import events as ev
+from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument, Busy, LlmosError, NoSuchThing
 from llmos.kernel.kernel import Kernel, schema_of, user_name
-from llmos.kernel.process import CLASSES, Process, Role, State
-from llmos.kernel.connection import Connection
+from llmos.kernel.process import CLASSES, Process, Role
 
 RESTARTS = ("no", "on-failure", "always")
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from llmos.kernel import protocol
+from llmos.kernel.connection import Connection
 from llmos.kernel.kernel import Kernel
 from llmos.kernel.process import Process
-from llmos.kernel.connection import Connection
 
 
 async def handle(kernel: Kernel, request: protocol.Wait, client: Connection) -> dict[str, Any]:

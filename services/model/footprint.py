@@ -21,10 +21,19 @@ from llmos.services.programs.base import Footprint, Segment
 # of oneDNN, code that ran for the first time. Fitted on 2 cores of x86-64 (torch 2.13, CPU).
 BASE_BYTES = {"train": 150 << 20, "infer": 60 << 20}
 
-# Values kept for the backward pass, per token, layer and unit of width, and per unit of the MLP's
-# width: fitted by measuring the peak of whole training steps.
-TRANSFORMER_PER_WIDTH, TRANSFORMER_PER_MLP = 14.0, 5.0
-RECURRENT_PER_WIDTH = {"llmos_rnn": 6.0, "llmos_lstm": 24.0, "llmos_gru": 14.0}
+# Bytes kept for the backward pass, per token, layer and unit of width (and of the MLP's width), by
+# the bytes of a value in the products: counted with saved-tensor hooks for the transformer, fitted
+# to measured peaks for the recurrent models, whose kernels keep workspaces of their own.
+TRANSFORMER = {4: (40.0, 16.0), 2: (34.0, 8.0)}
+RECURRENT = {
+    "llmos_rnn": {4: 9.0, 2: 8.5},
+    "llmos_lstm": {4: 30.0, 2: 12.0},
+    "llmos_gru": {4: 40.0, 2: 24.0},
+}
+
+# Bytes per token and unit of the vocabulary: logits in the type of the products and in float32,
+# their softmax and its gradient; and per unit of width: embedding and last norm.
+PER_LOGIT, PER_WIDTH = 16.0, 14.0
 
 # State tensors that an optimizer keeps a weight.
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
@@ -76,18 +85,19 @@ def training_footprint(
 
 
 def activation_bytes(config: PreTrainedConfig, shape: TrainingShape) -> int:
-    """What a forward pass keeps for its backward pass, and the logits, at their peak."""
+    """What a forward pass keeps for its backward pass, with one layer's gradients on top."""
     text = config.get_text_config()
-    tokens = shape.batch * shape.context
-    width, layers = text.hidden_size, text.num_hidden_layers
-    if text.model_type in RECURRENT_PER_WIDTH:
-        values = RECURRENT_PER_WIDTH[text.model_type] * width
+    width, layers, value = text.hidden_size, text.num_hidden_layers, shape.value_bytes
+    if text.model_type in RECURRENT:
+        layer = RECURRENT[text.model_type][value] * width
+        passing = 0.0
     else:
         mlp = getattr(text, "intermediate_size", None) or 4 * width
-        values = TRANSFORMER_PER_WIDTH * width + TRANSFORMER_PER_MLP * mlp
-    # Logits in the type of the products; in float32 with their softmax and its gradient.
-    logits = text.vocab_size * (2 * shape.value_bytes + 3 * 4)
-    return int(tokens * (layers * values * shape.value_bytes + logits))
+        per_width, per_mlp = TRANSFORMER[value]
+        layer = per_width * width + per_mlp * mlp
+        passing = value * (6.0 * width + 4.0 * mlp)
+    token = layers * layer + passing + PER_LOGIT * text.vocab_size + PER_WIDTH * width
+    return int(shape.batch * shape.context * token)
 
 
 def inference_footprint(
@@ -125,7 +135,7 @@ def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values a token; 0 for a recurrent model, whose state does not grow."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
-    if not heads or text.model_type in RECURRENT_PER_WIDTH:
+    if not heads or text.model_type in RECURRENT:
         return 0
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -125,6 +125,13 @@ class Context(Protocol):
     device: str  # for torch: "cpu", "cuda:0"
     threads: int  # CPU threads that torch may use in this worker
 
+    def clock(self) -> float:
+        """Seconds that this worker had the device for, from any zero: a hold stops it.
+
+        For rates and for limits of work; `time.monotonic` counts what others took, too.
+        """
+        ...
+
     def emit(self, kind: str, pid: int | None = None, **values: Any) -> None:
         """Append a record to the process's stream: what `attach` and `run` show.
 
@@ -174,7 +181,7 @@ class Program:
     engine_args: ClassVar[tuple[str, ...]] = ()
     # What Ctrl-C on an attached run does: "detach" (it has checkpoints) or "kill".
     on_interrupt: ClassVar[str] = "detach"
-    Guest: ClassVar[type[Guest]] = Guest  # what the worker hands to `admit`
+    guest_type: ClassVar[type[Guest]] = Guest  # what the worker hands to `admit`
 
     @dataclass(frozen=True)
     class Args:

@@ -7,7 +7,6 @@ what it computed for whom, so that the kernel can charge it.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ class Host:
         session = self._most_urgent()
         if session is None:
             return Idle()
-        began_s = time.perf_counter()
+        began_s = ctx.clock()
         self._steps += 1
         session.last_served = self._steps
         ids = session.take(PREFILL_TOKENS)
@@ -50,7 +49,7 @@ class Host:
             logits = self._loaded.forward(session.cache, ids)
             token = session.sampler(logits) if session.prompt_is_computed else None
         if token is not None:
-            self._deliver(ctx, session, token, time.perf_counter() - began_s)
+            self._deliver(ctx, session, token, ctx.clock() - began_s)
         return Report(self._steps, shares={session.guest.pid: float(len(ids))})
 
     def admit(self, ctx: Context, guest: Guest) -> None:

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 # The models whose forward calls its linear layers and never looks at their weights (read in
 # transformers 5.23). All others keep their weights as they come, mapped from the file.
 PACKED_TYPES = frozenset(
-    "cohere gemma gemma2 gemma3_text gpt_neox granite llama mistral olmo olmo2 opt phi phi3 "
-    "qwen2 qwen3 smollm3 stablelm starcoder2".split()
-)
+    {
+        "cohere", "gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral",
+        "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+        "starcoder2",
+    }
+)  # fmt: skip
 
 
 class PackedLinear(nn.Module):
@@ -42,8 +45,9 @@ class PackedLinear(nn.Module):
 
 def packs(model_type: str, dtype: torch.dtype, device: str) -> bool:
     """Whether `lay_out` packs the weights of such a model (its weights are private then)."""
-    able = device == "cpu" and dtype == torch.bfloat16 and model_type in PACKED_TYPES
-    return able and torch.backends.mkldnn.is_available() and _has_bfloat16()
+    if device != "cpu" or dtype != torch.bfloat16 or model_type not in PACKED_TYPES:
+        return False
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def lay_out(model: Any) -> None:
@@ -69,7 +73,3 @@ def _turn_head(head: Any) -> None:
     """The layer keeps its shape (out, in), as a transposed view: nothing else changes."""
     if isinstance(head, nn.Linear):
         head.weight = nn.Parameter(head.weight.t().contiguous().t(), requires_grad=False)
-
-
-def _has_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

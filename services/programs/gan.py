@@ -53,7 +53,7 @@ class Gan(Program):
         time_limit_s: float = arg(0.0, help="end after this much time in steps; 0: none", minimum=0)
         batch: int = arg(64, help="images in an update", minimum=2)
         latent: int = arg(64, help="numbers that the generator makes an image from", minimum=1)
-        width: int = arg(64, help="channels of the networks' largest maps", minimum=4, maximum=512)
+        width: int = arg(32, help="channels of the networks' largest maps", minimum=4, maximum=512)
         lr: float = arg(2e-3, help="learning rate of both networks", minimum=0)
         beta1: float = arg(0.5, help="Adam's memory of gradients", minimum=0, maximum=0.999)
         seed: int = arg(0, help="the same seed gives the same run", minimum=0)

@@ -1,9 +1,11 @@
 """The two networks of the GAN: a DCGAN (Radford et al. 2015) for images of 8 to 64 pixels.
 
 The generator doubles a small map until it is as large as the image, the discriminator halves
-the image as often; both are normalized over the batch. (A spectrally normalized discriminator
-was tried: half as many digits that a classifier knows after 500 updates, a quarter fewer after
-750.) Images are (batch, channels, height, width) in [-1, 1]. Nothing here knows how they are trained.
+the image as often; both are normalized over the batch. Tried on MNIST, share of samples that
+a classifier is sure of after 500 updates: as it is 0.74; with a smallest map of 7 pixels 0.61; of
+7 pixels, spectrally normalized instead 0.45.
+
+Images are (batch, channels, height, width) in [-1, 1]. Nothing here knows how they are trained.
 """
 # ruff: noqa: TID253  (imported by the program inside a worker only)
 
@@ -18,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# The smallest map has 4 to 7 pixels on its longer side.
-LARGEST_BASE = 7
+# The smallest map has 3 or 4 pixels on its longer side: what it holds spans the whole image.
+LARGEST_BASE = 4
 
 MODEL_TYPE = "llmos-gan"
 
@@ -36,7 +38,7 @@ class Shape:
 
     @property
     def doublings(self) -> int:
-        """How often a map of at most 7 pixels is doubled to hold the image."""
+        """How often a map of at most 4 pixels is doubled to hold the image."""
         count = 1
         while -(-max(self.height, self.width_px) // 2**count) > LARGEST_BASE:
             count += 1

@@ -115,7 +115,8 @@ class Trainer:
             getattr(self, net).load_state_dict(state)
         for net, optimizer in self._optimizers.items():
             state_dict = optimizer.state_dict()
-            state_dict["state"] = _slots(tensors, f"optimizer/{net}/")
+            parameters = list(getattr(self, net).parameters())
+            state_dict["state"] = _slots(tensors, f"optimizer/{net}/", parameters)
             optimizer.load_state_dict(state_dict)
         torch.set_rng_state(tensors["random/cpu"])
         self.updates = updates
@@ -151,10 +152,20 @@ class Trainer:
         return torch.optim.Adam(net.parameters(), lr, (beta1, 0.99), fused=True)
 
 
-def _slots(tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:
+def _slots(
+    tensors: dict[str, Tensor], prefix: str, parameters: list[nn.Parameter]
+) -> dict[int, dict[str, Tensor]]:
+    """What an optimizer keeps for each parameter, by the parameter's number.
+
+    Laid out in memory as the parameter is (channels last): the fused optimizer walks through
+    both side by side, and would pair the wrong numbers otherwise.
+    """
     found: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith(prefix):
             index, _, slot = key[len(prefix) :].partition("/")
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                tensor = torch.empty_like(parameter, requires_grad=False).copy_(tensor)
             found.setdefault(int(index), {})[slot] = tensor
     return found

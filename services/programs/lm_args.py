@@ -17,6 +17,7 @@ class TrainingArgs:
     batch: int = arg(16, help="examples in a micro-batch", minimum=1)
     accumulate: int = arg(1, help="micro-batches in a step", minimum=1)
     context: int = arg(128, help="tokens in an example", minimum=2)
+    lr: float = arg(1e-3, help="highest learning rate", minimum=0)
     warmup: float = arg(
         0.05, help="part of the run in which the learning rate rises", minimum=0, maximum=1
     )

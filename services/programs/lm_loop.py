@@ -6,7 +6,6 @@ It does not know where examples come from, when a run ends, or what a checkpoint
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,9 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch.nn import functional as F
 
 from llmos.services.data.packing import IGNORE, Examples
+from llmos.services.model.load import resolve_dtype
 from llmos.services.optim import optimizers, schedules
+from llmos.services.programs.base import Context
 from llmos.services.programs.lm_args import TrainingArgs
 
 
@@ -33,19 +34,19 @@ class Measured:
 class Loop:
     """A model with its optimizer. The weights are float32; products run in `dtype`."""
 
-    def __init__(
-        self, model: torch.nn.Module, args: TrainingArgs, lr: float, device: str, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, args: TrainingArgs, ctx: Context) -> None:
+        dtype = resolve_dtype(args.dtype, ctx.device)
         # accelerate keeps its settings for the whole OS process; a worker has one training.
         AcceleratorState._reset_state(reset_partial_state=True)
         precision = "bf16" if dtype is torch.bfloat16 else "no"
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
+        self.accelerator = Accelerator(cpu=ctx.device == "cpu", mixed_precision=precision)
         self.args = args
-        self.peak_lr = lr
+        self.peak_lr = args.lr
+        self._clock = ctx.clock  # tokens per second are per second of the device
         self.model = model.to(self.accelerator.device)
         trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in trainable]
-        self.optimizer = optimizers.build(args.optimizer, trainable, lr, args.weight_decay)
+        self.optimizer = optimizers.build(args.optimizer, trainable, args.lr, args.weight_decay)
         self._earlier: torch.Tensor | None = None
 
     def train(
@@ -56,7 +57,7 @@ class Loop:
         `progress` in [0, 1] sets the learning rate. On CUDA the loss of the step before is
         reported: to ask for this one would make the CPU wait for the device.
         """
-        began = time.perf_counter()
+        began = self._clock()
         self.model.train()
         factor = schedules.factor(self.args.schedule, progress, self.args.warmup)
         for group in self.optimizer.param_groups:
@@ -75,7 +76,7 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         total = self._reported(torch.stack(losses).sum() if len(losses) > 1 else losses[0])
-        return Measured(total, seen / (time.perf_counter() - began), self.peak_lr * factor)
+        return Measured(total, seen / max(1e-9, self._clock() - began), self.peak_lr * factor)
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, indices: npt.NDArray[np.int64]) -> tuple[float, int]:

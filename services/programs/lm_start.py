@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llmos.services.data.base import read_text
 from llmos.services.data.tokenizer import train_tokenizer
 from llmos.services.model.families import Shape, build
-from llmos.services.model.load import load_causal_lm, load_tokenizer, resolve_dtype
+from llmos.services.model.load import load_causal_lm, load_tokenizer
 from llmos.services.programs import lm_data, lm_state
 from llmos.services.programs.base import Context
 from llmos.services.programs.lm_args import TrainingArgs
@@ -50,7 +50,7 @@ def start_pretrain(ctx: Context, args: Pretrain.Args) -> Session:
     )
     lm_state.seed_all(args.seed)
     model = build(args.arch, shape_of(args, data.tokenizer))
-    loop = Loop(model, args, args.lr, ctx.device, resolve_dtype(args.dtype, ctx.device))
+    loop = Loop(model, args, ctx)
     made_by = {"program": "pretrain", "from": args.data}
     return Session(ctx, args, Whole(model), loop, data, args.steps, made_by)
 
@@ -73,7 +73,7 @@ def start_finetune(ctx: Context, args: Finetune.Args) -> Session:
         ctx.emit("note", text=text)
     lm_state.seed_all(args.seed)
     model, weights = _trainable(args)
-    loop = Loop(model, args, args.lr, ctx.device, resolve_dtype(args.dtype, ctx.device))
+    loop = Loop(model, args, ctx)
     per_step = args.batch * args.accumulate
     steps = args.steps or math.ceil(args.epochs * len(data.training) / per_step)
     made_by = {"program": "finetune", "from": args.model, "data": args.data, "method": args.method}

@@ -42,7 +42,7 @@ def main() -> None:
     with torch.no_grad():
         print_score("generated", classify(weights, (generator(noise) + 1) / 2))
         if args.real:
-            real = torch.from_numpy(read_images(args.real)[: args.samples]).float() / 255
+            real = torch.tensor(read_images(args.real)[: args.samples]).float() / 255
             print_score("real", classify(weights, real))
 
 

@@ -3,7 +3,7 @@
     python tests/bench/bench_kernel.py [--seconds 3] [--starts 15]
 
 boot:      `llmos boot` until the socket answers; the kernel's private memory
-null call: the round trip of a `ping`, beside a raw blocking echo of the same bytes; 1 and 32 clients
+null call: the round trip of a `ping` with 1 and 32 clients, beside a raw blocking echo
 start:     submit of a trivial program until its first step, beside a fresh interpreter that
            imports torch and transformers
 """

@@ -16,6 +16,7 @@ from support.pages import DOCS, ROOT, blocks, headings, load_generator, prose, t
 
 REFERENCE = DOCS / "reference"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if "design" not in p.parts)
+WITH_COMMANDS = [ROOT / "README.md", *PAGES]
 WITH_LINKS = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 
 
@@ -80,19 +81,20 @@ def test_every_environment_variable_that_is_read_is_documented() -> None:
     assert read <= set(table_keys(page, "## Environment variables"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_command_lines_in_pages_parse(page: Path, commands: dict[str, Command]) -> None:
     plugins = {"linefit"}  # written in the guide itself
-    for block in blocks(page, "sh"):
-        for line in block.splitlines():
-            words = shlex.split(line, comments=True)
-            while words and "=" in words[0]:
-                words.pop(0)  # LLMOS_HOME=... before the command
-            if words[:1] != ["llmos"] or len(words) == 1 or words[1] in plugins:
-                continue
-            assert words[1] in commands, line
-            command = commands[words[1]]
-            parse(command.options, command.prepare(words[2:]))
+    typed = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    typed += re.findall(r"^    \$ (.+)$", page.read_text(), re.M)
+    for line in typed:
+        words = shlex.split(line, comments=True)
+        while words and "=" in words[0]:
+            words.pop(0)  # LLMOS_HOME=... before the command
+        if words[:1] != ["llmos"] or len(words) == 1 or words[1] in plugins:
+            continue
+        assert words[1] in commands, line
+        command = commands[words[1]]
+        parse(command.options, command.prepare(words[2:]))
 
 
 @pytest.mark.parametrize("page", WITH_LINKS, ids=lambda p: p.relative_to(ROOT).as_posix())

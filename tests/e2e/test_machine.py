@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from support.machine import Machine
 
 pytestmark = pytest.mark.slow
@@ -14,9 +15,10 @@ pytestmark = pytest.mark.slow
 
 def generated(folder: Path, prompt: str, tokens: int) -> str:
     """What transformers' own greedy generate() continues with."""
-    import llmos.services.model.recurrent  # noqa: F401  (registers the recurrent classes)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import llmos.services.model.recurrent  # noqa: F401  (registers the recurrent classes)
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

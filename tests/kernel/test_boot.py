@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from llmos.kernel import protocol as p
 from llmos.kernel.config import Config, check, drivers_of
 from llmos.kernel.errors import BadArgument, Busy, HomeUnusable, NoSuchThing, ServiceFailed
@@ -133,7 +134,10 @@ def test_services_come_up_are_restarted_by_call_and_come_back_when_killed(fresh:
         found = await fresh.ask(p.Call("models.ls"))
         assert [m["name"] for m in found] == ["toy"]
         first = (await fresh.ask(p.Services()))[0]["os_pid"]
-        assert await fresh.ask(p.Services("restart", "models")) == {"name": "models", "pid": models["pid"]}
+        assert await fresh.ask(p.Services("restart", "models")) == {
+            "name": "models",
+            "pid": models["pid"],
+        }
         (models,) = await fresh.ask(p.Services())
         assert models["os_pid"] != first
 
@@ -237,7 +241,9 @@ def test_a_home_that_is_a_file_is_refused(tmp_path: Path) -> None:
         Home(tmp_path / "home").prepare()
 
 
-def test_a_home_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_of_somebody_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("llmos.kernel.home.os.getuid", lambda: os.geteuid() + 1)
     with pytest.raises(HomeUnusable, match="another user"):
         Home(tmp_path).prepare()

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import pytest
+
 from llmos.kernel import protocol as p
 from llmos.kernel.errors import (
     BadArgument,
@@ -291,7 +292,9 @@ async def test_an_attached_process_ends_with_its_client(live: Live) -> None:
 
 
 @in_kernel
-async def test_a_client_that_goes_while_its_process_is_planned_leaves_no_trouble(live: Live) -> None:
+async def test_a_client_that_goes_while_its_process_is_planned_leaves_no_trouble(
+    live: Live,
+) -> None:
     driver, held = live.kernel.drivers["sim"], []
     real = driver.plan
     driver.plan = lambda *order: held.append(order)  # type: ignore[method-assign]
@@ -300,7 +303,9 @@ async def test_a_client_that_goes_while_its_process_is_planned_leaves_no_trouble
             talk.begin(p.Submit("spin", {"steps": 100_000}, attached=True))
             talk.begin(p.Submit("spin", {"steps": 3}))
             await wait_until(lambda: len(held) == 2)
-        gone, stays = sorted(q.pid for q in live.kernel.core.m.procs.values() if q.state == "planning")
+        gone, stays = sorted(
+            q.pid for q in live.kernel.core.m.procs.values() if q.state == "planning"
+        )
         await wait_until(lambda: not live.proc(gone).live)
     finally:
         driver.plan = real  # type: ignore[method-assign]

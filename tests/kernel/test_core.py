@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from llmos.kernel import events as ev
 from llmos.kernel.errors import BadArgument, IllegalMove, NoMemory, NoSuchProcess
 from llmos.kernel.process import Class, Residency, State

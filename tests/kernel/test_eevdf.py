@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llmos.kernel.eevdf import RunQueue
 from llmos.kernel.process import NICE_WEIGHTS, weight_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from llmos.kernel import events as ev
 from llmos.kernel.process import Class, State
 from support.toy import Toy

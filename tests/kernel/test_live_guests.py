@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from llmos.kernel import protocol as p
 from llmos.kernel.errors import BadArgument, IllegalMove
 from llmos.kernel.process import Class, Process, Role, State
@@ -121,8 +122,6 @@ async def test_a_batch_guest_waits_its_turn_behind_an_interactive_process(live: 
     assert (await live.wait(guest))["exit_status"] == 0
 
 
-
-
 @in_kernel
 async def test_send_to_what_takes_no_input_is_refused(live: Live) -> None:
     pid = await live.spin(steps=1000)
@@ -162,7 +161,9 @@ async def test_killing_an_engine_that_waits_for_memory_ends_its_guests(live: Liv
 
 @in_kernel
 async def test_an_idle_engine_leaves_after_its_keep_alive(live: Live) -> None:
-    spins = [await live.spin(steps=100_000, busy_ms=1) for _ in range(2)]  # alarms come all the time
+    spins = [
+        await live.spin(steps=100_000, busy_ms=1) for _ in range(2)
+    ]  # alarms come all the time
     guest = await live.guest(max_tokens=2, keep_alive_s=0.8)
     engine = engine_of(live, guest)
     assert (await live.wait(guest))["exit_status"] == 0

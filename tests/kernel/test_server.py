@@ -9,6 +9,7 @@ import struct
 
 import msgpack
 import pytest
+
 from llmos.kernel import protocol as p
 from llmos.kernel.wire import MAX_FRAME_BYTES, Unpacker, pack
 from support.live import Live, in_kernel, wait_until
@@ -106,7 +107,9 @@ async def test_bytes_one_by_one_are_still_a_request(live: Live) -> None:
 
 
 @in_kernel
-async def test_a_client_that_does_not_read_stops_nobody_and_is_not_buffered_for_ever(live: Live) -> None:
+async def test_a_client_that_does_not_read_stops_nobody_and_is_not_buffered_for_ever(
+    live: Live,
+) -> None:
     reader, writer = await connect(live)
     reader._transport.pause_reading()  # type: ignore[attr-defined]
     for number in range(1000):
@@ -128,7 +131,9 @@ async def test_a_client_that_does_not_read_stops_nobody_and_is_not_buffered_for_
 
 
 @in_kernel
-async def test_a_slow_reader_of_a_stream_slows_neither_the_process_nor_the_others(live: Live) -> None:
+async def test_a_slow_reader_of_a_stream_slows_neither_the_process_nor_the_others(
+    live: Live,
+) -> None:
     pid = await live.spin(steps=3000, busy_ms=0)
     reader, writer = await connect(live)
     reader._transport.pause_reading()  # type: ignore[attr-defined]
@@ -185,7 +190,9 @@ async def test_the_socket_is_the_owners_alone(live: Live) -> None:
 
 
 @in_kernel
-async def test_a_peer_of_another_user_is_not_let_in(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_of_another_user_is_not_let_in(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its credentials come from the system; here the kernel takes itself for somebody else."""
     real = os.getuid()
     monkeypatch.setattr("llmos.kernel.server.os.getuid", lambda: real + 1)

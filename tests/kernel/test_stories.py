@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmos.kernel import events as ev
 from llmos.kernel.errors import BadRequest, NoMemory
 from llmos.kernel.process import Class, Role, State

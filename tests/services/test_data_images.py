@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.shared import shared
 
 from llmos.kernel.errors import BadInput
 from llmos.services.data.images import read_images
+from support.shared import shared
 
 PIXELS = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
 IDX = b"\0\0\x08\x03" + struct.pack(">3I", 3, 4, 5) + PIXELS.tobytes()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.shared import shared
 
 from llmos.kernel.errors import BadInput
 from llmos.services.data import text as text_module
 from llmos.services.data.base import Dialogue, Document, read_text
 from llmos.services.data.text import JsonlSource, TextSource
+from support.shared import shared
 
 
 def whole(path: Path) -> str:

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.shared import shared
-from support.texts import story_lines
 
 from llmos.kernel.errors import BadInput
 from llmos.services.data import packing
@@ -22,6 +20,8 @@ from llmos.services.data.tokenizer import (
     train_tokenizer,
 )
 from llmos.services.model.load import load_tokenizer
+from support.shared import shared
+from support.texts import story_lines
 
 STORIES = Document("\n".join(story_lines(50)))
 

@@ -13,7 +13,7 @@ from support.small_models import make_tokenizer
 
 TEXTS = [
     "Once upon a time, there was a cat.",
-    "你好，世界。🙂🎉 naïve café",
+    "你好 世界。🙂🎉 naïve café",
     "   spaces   first,\n\n\tlines\n and a last one \n",
     "👩‍👩‍👧‍👦 families of many code points 🏳️‍🌈",
     "a" * 300 + " 你" * 60,

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.shared import shared
-from support.texts import toy_model
 
 from llmos.kernel.errors import BadArgument, BadInput
 from llmos.services.model.load import load_causal_lm, load_config, load_tokenizer, resolve_dtype
+from support.shared import shared
+from support.texts import toy_model
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return toy_model(tmp_path / "toy", "transformer")
 

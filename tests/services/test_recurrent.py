@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.texts import toy_model
 
 import llmos.services.model.recurrent as recurrent
 from llmos.services.model.families import RECURRENT, Shape, build
 from llmos.services.model.load import load_causal_lm
+from support.texts import toy_model
 
 ARCHITECTURES = sorted(RECURRENT)
 SPECIAL: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.run_program import Run, make_context
-from support.shared import shared
-from support.texts import story_file, toy_model
 
 from llmos.kernel.errors import BadArgument, BadInput
 from llmos.services.model.load import load_causal_lm, load_tokenizer
 from llmos.services.programs.finetune import Finetune
 from llmos.services.programs.pretrain import Pretrain
+from support.run_program import Run, make_context
+from support.shared import shared
+from support.texts import story_file, toy_model
 
 SMALL: dict[str, Any] = {
     "out": "m",

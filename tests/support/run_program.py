@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ class FakeContext:
         folder = self.home / "work" / str(self.pid)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def clock(self) -> float:
+        return time.monotonic()  # nobody holds it here
 
     def emit(self, kind: str, pid: int | None = None, **values: Any) -> None:
         self.records.append({"kind": kind, "pid": self.pid if pid is None else pid, **values})

@@ -20,7 +20,7 @@ from transformers import (
 
 TEXT = [
     "the cat sat on the mat and the dog ran",
-    "你好，世界。今天天气很好",
+    "你好 世界。今天天气很好",
     "🙂🎉 naïve café",
 ] * 20
 VOCABULARY = 320

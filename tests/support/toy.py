@@ -67,13 +67,13 @@ class Toy:
         engine = None
         if model not in self.core.m.engines:
             engine = Process(
-                next(self._pids), "engine", {"keep_alive_s": 10.0, "step_s": 0.01}, "u", 0, self.now,
-                role=Role.ENGINE, engine_key=model,
+                next(self._pids), "engine", {"keep_alive_s": 10.0, "step_s": 0.01}, "u", 0,
+                self.now, role=Role.ENGINE, engine_key=model,
             )  # fmt: skip
         pid = next(self._pids)
         guest = Process(
-            pid, "infer", {"tokens": tokens, "turns": turns}, "u", 0, self.now, role=Role.GUEST, engine_key=model,
-            cls=cls, nice=nice,
+            pid, "infer", {"tokens": tokens, "turns": turns}, "u", 0, self.now,
+            role=Role.GUEST, engine_key=model, cls=cls, nice=nice,
         )  # fmt: skip
         self.do(ev.Submitted(guest, engine))
         if engine is not None:
