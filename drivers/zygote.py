@@ -111,7 +111,8 @@ class Zygote(asyncio.Protocol):
             await loop.create_unix_connection(lambda: self, str(self.path))
         except OSError:
             return False
-        return True
+        # One that is just dying still lets in, for a moment.
+        return self._transport is not None
 
     async def _start(self) -> None:
         environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
@@ -140,11 +141,13 @@ class Zygote(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._unpacker = Unpacker()
-        if not self._closing and self.state == "ready":
-            # It died. Its workers live on and are the kernel's children now (it is their
-            # subreaper); the next fork needs a new one.
-            self.state = "starting"
-            self._task = asyncio.get_running_loop().create_task(self._come_up())
+        if self._closing or self.state == "failed":
+            return
+        # It died. Its workers live on and are the kernel's children now (it is their
+        # subreaper); the next fork needs a new one.
+        self.state = "starting"
+        if self._task is None or self._task.done():
+            self.open()
 
 
 def _key(message: dict[str, Any]) -> tuple[str, Any]:

@@ -101,6 +101,7 @@ class Kernel:
 
     async def bring_up(self) -> None:
         """What may take longer than the socket: drivers, adoption, services, the manifest."""
+        self._clean_up()
         for driver in self.drivers.values():
             await driver.open(self._tell, self.home.path, self.home.id)
         self._adopt()
@@ -112,6 +113,12 @@ class Kernel:
         for name, service in sorted(self.manifest.get("services", {}).items()):
             self.start_service(name, service["entry"])
         self.services_started.set()
+
+    def _clean_up(self) -> None:
+        """Folders of processes that nobody knows any more go."""
+        for folder in (self.home.path / "procs").iterdir():
+            if folder.name.isdigit() and int(folder.name) not in self.core.m.procs:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _adopt(self) -> None:
         """Dial the workers that may have outlived an earlier kernel."""

@@ -151,7 +151,9 @@ def reported(m: Machine, e: Reported) -> None:
 
 
 def checkpointed(m: Machine, e: Checkpointed) -> None:
-    proc = m.procs[m.workers[e.worker_id].pid]
+    worker = m.workers[e.worker_id]
+    proc = m.procs[worker.pid]
+    worker.saved_for_stop = worker.stop_sent
     proc.checkpoint = {"folder": e.folder, "step": e.step, "at": m.now}
     proc.tell(m.now, "checkpoint", f"step {e.step}")
     m.record("checkpoint", proc.pid, f"step {e.step}")
@@ -232,8 +234,11 @@ def worker_gone(m: Machine, e: WorkerGone) -> None:
             died(m, proc, status, reason)
         else:
             end(m, proc, status, reason)
-    elif worker.stop_asked and worker.stop_sent and e.status == 0:
+    elif worker.stop_sent and (e.status == 0 or worker.saved_for_stop):
         to_be_continued(m, proc, "stopped at a safepoint")
+    elif e.status is None and not worker.up:
+        # It went while there was no kernel, and left no word: the machine went down.
+        to_be_continued(m, proc, "its worker is gone since an earlier kernel")
     elif worker.kill_signal:
         _killed(m, proc, worker)
     else:

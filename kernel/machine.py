@@ -30,6 +30,7 @@ class Worker:
     kill_why: str = ""
     stop_asked: bool = False  # to a safepoint and out, to be continued later
     stop_sent: bool = False
+    saved_for_stop: bool = False
     done: tuple[int, str] | None = None  # status and reason that the program itself gave
     admits_sent: int = 0
     admitted: set[int] = field(default_factory=set)

@@ -41,7 +41,10 @@ def parse_cores(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
             raise BadArgument(f"{text!r} is not a list of cores", "write it as 0-3 or 0+2")
-        cores += range(int(match[1]), int(match[2] or match[1]) + 1)
+        found = range(int(match[1]), int(match[2] or match[1]) + 1)
+        if not found:
+            raise BadArgument(f"{text!r} is not a list of cores", "write the smaller one first: 0-3")
+        cores += found
     return tuple(dict.fromkeys(cores))
 
 
@@ -95,6 +98,8 @@ def _parse(spec: str, allowed: tuple[int, ...], total: int, count: int) -> CpuDe
             capacity = parse_bytes(value)
         else:
             raise BadArgument(f"{spec}: {item!r} is not known", "write cores=0-1 or memory=8GiB")
+    if capacity <= 0:
+        raise BadArgument(f"{spec}: {name} has no memory", "write memory=8GiB")
     missing = [c for c in cores if c not in allowed]
     if missing:
         have = ", ".join(map(str, allowed))

@@ -80,7 +80,10 @@ class SimDriver:
     kind = "sim"
 
     def __init__(self, specs: list[str]) -> None:
-        self._found = {d.name: d for d in map(_parse, specs or ["sim0"])}
+        found = [_parse(spec) for spec in specs or ["sim0"]]
+        self._found = {d.name: d for d in found}
+        if len(self._found) < len(found):
+            raise BadArgument("two devices have the same name", "name them sim0, sim1, ...")
         self._workers: dict[str, _Worker] = {}
         self._pids = itertools.count(1_000_000)  # no OS process: only a name
         self._seq = itertools.count(1)

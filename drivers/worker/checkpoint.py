@@ -62,7 +62,7 @@ def damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
         wrong = [name for name, value in sums.items() if _sha256(folder / name) != value]
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, AttributeError) as exc:
         return str(exc)
     return f"{wrong[0]} has another checksum" if wrong else None
 

@@ -37,6 +37,7 @@ class Link:
         self._lock = threading.Lock()
         self._seq = 0
         self._kept: dict[int, dict[str, Any]] = {}
+        self.met = False  # has a kernel ever shaken hands?
         self.held_s = 0.0  # how long this worker has been held so far, as its driver counts
         self.inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._accept, name="link", daemon=True).start()
@@ -87,11 +88,14 @@ class Link:
             if not data:
                 break
             for message in messages:
+                if not isinstance(message, dict):
+                    connection.close()
+                    return
                 if not met:
                     if message.get("k") != "hello" or message.get("secret") != self._secret:
                         connection.close()
                         return
-                    met = True
+                    met = self.met = True
                     self._greet(connection)
                 elif message["k"] == "ack":
                     self._acknowledge(message["seq"])

@@ -25,6 +25,9 @@ from llmos.kernel.errors import LlmosError, TimedOut, from_wire
 # A training that asks for no interval of its own loses at most this much to a crash.
 CHECKPOINT_S = 60.0
 
+# A kernel dials its workers at once; after so long none ever will.
+DIALLED_S = 120.0
+
 # How long a worker that has ended waits for the kernel to have heard of it.
 LAST_WORDS_S = 5.0
 
@@ -106,12 +109,8 @@ class Worker:
 
     def run(self) -> int:
         """Load, step until done -> the exit status of the OS process."""
-        message = self.link.inbox.get()
-        while message["k"] != "load":
-            self.later.append(message)
-            message = self.link.inbox.get()
         try:
-            self.load(message)
+            self.load(self.await_load())
             while True:
                 self.obey(wait=False)
                 self.in_step = True
@@ -134,6 +133,19 @@ class Worker:
             traceback.print_exc()
             text = str(exc).splitlines()[0] if str(exc) else ""
             return self.finish(1, f"{type(exc).__name__}: {text}", {"traceback": "in its log"})
+
+    def await_load(self) -> dict[str, Any]:
+        """What to run; a worker that no kernel ever dials was lost in its birth, and ends."""
+        while True:
+            try:
+                message = self.link.inbox.get(timeout=DIALLED_S)
+            except queue.Empty:
+                if not self.link.met:
+                    raise Stopped from None
+                continue
+            if message["k"] == "load":
+                return message
+            self.later.append(message)
 
     def load(self, m: dict[str, Any]) -> None:
         import torch

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmos.kernel.errors import ProtocolError
 from llmos.kernel.wire import MAX_FRAME_BYTES, pack, unpack
 
 _HEADER = struct.Struct(">I")
@@ -46,6 +47,9 @@ def whole_records(path: Path) -> tuple[int, list[dict[str, Any]]]:
         (size,) = _HEADER.unpack_from(data, at)
         if size > MAX_FRAME_BYTES or len(data) - at - 4 < size:
             break
-        records.append(unpack(data[at + 4 : at + 4 + size]))
+        try:
+            records.append(unpack(data[at + 4 : at + 4 + size]))
+        except ProtocolError:
+            break
         at += 4 + size
     return at, records

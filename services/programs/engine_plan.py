@@ -24,7 +24,7 @@ from llmos.services.model.load import (
 )
 from llmos.services.programs.base import Footprint, Segment
 from llmos.services.programs.engine_cache import ROOM_TOKENS
-from llmos.services.programs.engine_layout import packs
+from llmos.services.programs.engine_layout import packs, widens
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -49,8 +49,8 @@ def plan_engine(model: str, dtype: str) -> Footprint:
     asked = resolve_dtype(dtype)
     packed = packs(config.model_type, asked, "cpu")
     segments = _weights(_folder(model), asked, packed)
-    if asked == torch.float32 or (packed and config.tie_word_embeddings):
-        # The output layer is held once more, in its own layout (engine_layout).
+    if config.tie_word_embeddings and (packed or asked == torch.float32):
+        # The output layer is the embedding, but is held once more in a layout of its own.
         head_bytes = config.vocab_size * config.hidden_size * asked.itemsize
         segments.append(Segment("weights", head_bytes))
     tokens = min(_context(config), PLANNED_TOKENS)
@@ -91,19 +91,27 @@ def _weights(folder: Path, asked: torch.dtype, packed: bool) -> list[Segment]:
     segments, private_bytes = [], 0
     for path in weight_files(folder):
         tensors = _tensors(path)
-        if not packed and all(dtype == asked for dtype, _ in tensors):
-            segments.append(Segment("weights", path.stat().st_size, shared=str(path.resolve())))
-        else:
-            private_bytes += sum(count for _, count in tensors) * asked.itemsize
+        if packed or any(dtype != asked for dtype, _, _ in tensors):
+            private_bytes += sum(prod(shape) for _, _, shape in tensors) * asked.itemsize
+            continue
+        segments.append(Segment("weights", path.stat().st_size, shared=str(path.resolve())))
+        if asked == torch.float32:
+            turned = [shape for _, name, shape in tensors if _is_turned(name, shape)]
+            private_bytes += sum(prod(shape) for shape in turned) * asked.itemsize
     return [*segments, Segment("weights", private_bytes)] if private_bytes else segments
 
 
-def _tensors(path: Path) -> list[tuple[torch.dtype | None, int]]:
-    """(stored type, numbers) of each tensor; from the header: 8 bytes of length, then JSON."""
+def _is_turned(name: str, shape: list[int]) -> bool:
+    """At most these are copied by engine_layout: a plan cannot tell a layer from a table."""
+    return len(shape) == 2 and "embed" not in name and widens(shape[0], shape[1])
+
+
+def _tensors(path: Path) -> list[tuple[torch.dtype | None, str, list[int]]]:
+    """(stored type, name, shape) of each tensor; from the header: 8 bytes of length, then JSON."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     header.pop("__metadata__", None)
-    return [(_STORED.get(t["dtype"]), prod(t["shape"])) for t in header.values()]
+    return [(_STORED.get(t["dtype"]), name, t["shape"]) for name, t in header.items()]
 
 
 def _folder(model: str) -> Path:

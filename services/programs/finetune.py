@@ -40,7 +40,9 @@ class Finetune(TrainingProgram):
         steps: int = arg(0, help="steps of training, in place of epochs", minimum=0)
         lr: float = arg(5e-4, help="highest learning rate", minimum=0)
         batch: int = arg(8, help="examples in a micro-batch", minimum=1)
-        context: int = arg(256, help="tokens in an example", minimum=2)
+        context: int = arg(
+            0, help="tokens in an example (0: 256, or as many as the model takes)", minimum=0
+        )
 
     @classmethod
     def plan(cls, args: Args) -> Footprint:

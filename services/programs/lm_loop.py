@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from llmos.services.data.packing import IGNORE, Examples

@@ -7,6 +7,7 @@ Nothing is trained, tokenized or allocated: files are read in part, shapes are o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +31,16 @@ from llmos.services.programs.lm_args import TrainingArgs
 from llmos.services.programs.lm_weights import add_adapter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from llmos.services.programs.finetune import Finetune
     from llmos.services.programs.pretrain import Pretrain
 
 # So many characters are looked at; what is wrong further on is found when the data is read.
 SAMPLE_CHARACTERS = 4_000_000
+
+# Tokens of an example when nobody says how many, if the model takes so many.
+USUAL_CONTEXT = 256
 
 
 def plan_pretrain(args: Pretrain.Args) -> Footprint:
@@ -47,18 +53,26 @@ def plan_pretrain(args: Pretrain.Args) -> Footprint:
     return footprint.training_footprint(model, config, _step(args))
 
 
+def with_context(args: Finetune.Args, config: PreTrainedConfig) -> Finetune.Args:
+    """The arguments with a context that the model has. Raises BadArgument."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not args.context:
+        return replace(args, context=min(USUAL_CONTEXT, limit or USUAL_CONTEXT))
+    if limit and args.context > limit:
+        raise BadArgument(
+            f"the model has {limit} positions, --context is {args.context}",
+            f"choose a --context of at most {limit}",
+        )
+    return args
+
+
 def plan_finetune(args: Finetune.Args) -> Footprint:
     """Raises BadInput, BadArgument."""
     _check_training(args, Path(args.data))
     check_weights(args.model)
     config = load_config(args.model)
     load_tokenizer(args.model)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and args.context > limit:
-        raise BadArgument(
-            f"the model has {limit} positions, --context is {args.context}",
-            f"choose a --context of at most {limit}",
-        )
+    args = with_context(args, config)
     model = footprint.on_meta(config)
     if args.method == "full":
         return footprint.training_footprint(model, config, _step(args))

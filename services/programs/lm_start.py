@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from llmos.services.data.base import read_text
 from llmos.services.data.tokenizer import train_tokenizer
 from llmos.services.model.families import Shape, build
-from llmos.services.model.load import load_causal_lm, load_tokenizer
+from llmos.services.model.load import load_causal_lm, load_config, load_tokenizer
 from llmos.services.programs import lm_data, lm_state
 from llmos.services.programs.base import Context
 from llmos.services.programs.lm_args import TrainingArgs
 from llmos.services.programs.lm_loop import Loop
+from llmos.services.programs.lm_plan import with_context
 from llmos.services.programs.lm_session import Session
 from llmos.services.programs.lm_weights import Adapter, Weights, Whole, add_adapter, align
 
@@ -58,6 +59,7 @@ def start_pretrain(ctx: Context, args: Pretrain.Args) -> Session:
 def start_finetune(ctx: Context, args: Finetune.Args) -> Session:
     """A model that there is, on more text or on answers. Raises BadInput, BadArgument."""
     _set_threads(ctx, args)
+    args = with_context(args, load_config(args.model))
     pairs = lm_data.has_pairs(Path(args.data))
     data = lm_data.prepare(
         ctx.work,

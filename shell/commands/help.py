@@ -9,7 +9,7 @@ from llmos.shell.helptext import command_help, groups_help
 from llmos.shell.options import Command, Option, Values
 
 _INTRO = """\
-llmos: an operating system for models. `llmos` alone opens the interactive shell.
+llmos, an operating system for models. `llmos` alone opens the interactive shell
 """
 _OUTRO = """\
 `llmos COMMAND --help` shows flags and examples. LLMOS_HOME chooses the home.\

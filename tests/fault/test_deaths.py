@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from support.real import Machine, is_stopped, machine, wait_until
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
-STEPS, BUSY_MS = 150, 10.0
+STEPS, BUSY_MS = 80, 8.0
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_killed_worker_is_restarted_from_its_checkpoint(m: Machine, undisturbe
 def test_a_stopped_process_goes_on_to_the_same_bits(m: Machine, undisturbed: float) -> None:
     """Paused in the middle of a step, and resumed: SIGSTOP changes no bit."""
     pid = run(m)
-    for step in (3, 20, 60):
+    for step in (3, 15, 40):
         m.until_step(pid, step)
         m.ask(p.Pause(pid))
         assert is_stopped(m.worker_of(pid))
@@ -165,9 +166,9 @@ def test_a_worker_that_dies_after_its_zygote_is_still_accounted_for(m: Machine) 
 
 def test_a_plan_that_its_zygote_does_not_live_to_make_is_answered(m: Machine) -> None:
     """The client hears of it, or the new zygote makes the plan: it never waits for ever."""
+    wait_until(m.zygote_is_ready, "the zygote")
     zygote = m.zygote
     os.kill(zygote, signal.SIGSTOP)
-    import threading
 
     answers: list[object] = []
 

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import llmos.services.model.recurrent as recurrent
-from llmos.services.model.families import RECURRENT, Shape, build
+from llmos.services.model.families import RECURRENT
 from llmos.services.model.load import load_causal_lm
 from support.texts import toy_model
 
 ARCHITECTURES = sorted(RECURRENT)
-SPECIAL: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
 
-def lively(architecture: str) -> recurrent.RecurrentForCausalLM:
-    """A model whose tokens depend on what came before (wide embeddings, no training)."""
+def lively(architecture: str, tied: bool = False) -> recurrent.RecurrentForCausalLM:
+    """A model whose tokens depend on what came before: wide weights, no training."""
     torch.manual_seed(0)
-    model = build(architecture, Shape(300, 64, 32, layers=2, heads=1, special=SPECIAL)).eval()
+    config = RECURRENT[architecture](
+        vocab_size=300,
+        hidden_size=32,
+        tie_word_embeddings=tied,
+        initializer_range=0.5,
+        **SPECIAL,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
     assert isinstance(model, recurrent.RecurrentForCausalLM)
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(50)
     return model
 
 
@@ -42,7 +49,7 @@ def test_a_saved_model_loads_with_the_auto_classes_bit_for_bit(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_tied_output_matrix_is_stored_once(architecture: str, tmp_path: Path) -> None:
-    lively(architecture).save_pretrained(tmp_path)
+    lively(architecture, tied=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     loaded = load_causal_lm(tmp_path, "float32")
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
