@@ -58,6 +58,8 @@ class Inbox:
             }  # fmt: skip
         if e.adopted:
             driver.hold(e.worker_id)  # until it is its turn
+            # Whom the earlier kernel had not handed over yet is not in it.
+            worker.admitted &= {int(pid) for pid in e.hello.get("guests", ())}
         loaded = bool(e.hello.get("loaded"))
         k.post(ev.WorkerUp(e.worker_id, e.os_pid, loaded))
         k.carry_out([ev.Save(proc.pid)])

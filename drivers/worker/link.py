@@ -113,6 +113,9 @@ class Link:
             self._connection = connection
             hello = {"k": "hello", "proto": PROTO, "worker_id": self._worker_id,
                      "os_pid": os.getpid(), **self._hello()}  # fmt: skip
+            # A guest whose end nobody has heard of yet is still this worker's.
+            ended = [m["pid"] for m in self._kept.values() if m["k"] == "guest_done"]
+            hello["guests"] = [*hello.get("guests", ()), *ended]
             self._send(hello)
             for message in list(self._kept.values()):
                 self._send(message)

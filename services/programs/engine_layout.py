@@ -28,6 +28,8 @@ PACKED_TYPES = frozenset(
     }
 )  # fmt: skip
 
+_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+
 
 class PackedLinear(nn.Module):
     """nn.Linear in oneDNN's own layout, for inputs (..., in) of bfloat16 on a CPU."""
@@ -48,7 +50,9 @@ def packs(model_type: str, dtype: torch.dtype, device: str) -> bool:
     """Whether `lay_out` packs the weights of such a model (its weights are private then)."""
     if device != "cpu" or dtype != torch.bfloat16 or model_type not in PACKED_TYPES:
         return False
-    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # Private operators of torch: a build without them keeps the weights as they are.
+    there = all(hasattr(torch.ops.mkldnn, n) for n in _OPERATORS)
+    return bool(torch._C._has_mkldnn and there and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widens(out_features: int, in_features: int) -> bool:

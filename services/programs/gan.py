@@ -50,7 +50,7 @@ class Gan(Program):
         )
         out: str = arg(help="name of the model that is made", metavar="NAME", output=True)
         steps: int = arg(0, help=f"updates; 0: {DEFAULT_STEPS}, or until the time limit", minimum=0)
-        time_limit_s: float = arg(0.0, help="end after this much time in steps; 0: none", minimum=0)
+        time_limit_s: float = arg(0.0, help="end after this much wall time; 0: none", minimum=0)
         batch: int = arg(64, help="images in an update", minimum=2)
         latent: int = arg(64, help="numbers that the generator makes an image from", minimum=1)
         width: int = arg(32, help="channels of the networks' largest maps", minimum=4, maximum=512)
@@ -96,7 +96,7 @@ class Gan(Program):
         self._fixed_noise = torch.randn(GRID, args.latent)
         self._sample_every = args.sample_every or max(20, SAMPLE_PIXELS // (height * width))
         self._steps = args.steps or (0 if args.time_limit_s else DEFAULT_STEPS)
-        self._spent_s = 0.0
+        self._earlier_s, self._loaded_at = 0.0, time.monotonic()
         self._metrics: dict[str, float] = {}
 
     def step(self, ctx: Context) -> Report | Done:
@@ -104,7 +104,6 @@ class Gan(Program):
             return self._finish(ctx)
         from llmos.services.programs.gan_pictures import to_batch
 
-        began_s = time.perf_counter()
         batch = to_batch(self._images, self._order.take(self.args.batch))
         losses = self._trainer.update(batch)
         step = self._trainer.updates
@@ -113,12 +112,16 @@ class Gan(Program):
             self._metrics = {n: float(loss) for n, loss in zip(names, losses, strict=True)}
         if step % self._sample_every == 0:
             self._sample(ctx)
-        self._spent_s += time.perf_counter() - began_s
         return Report(step, self._steps or None, dict(self._metrics))
 
     def _is_over(self) -> bool:
-        out_of_time = 0 < self.args.time_limit_s <= self._spent_s
-        return out_of_time or (self._steps > 0 and self._trainer.updates >= self._steps)
+        out_of_time = 0 < self.args.time_limit_s <= self._elapsed_s()
+        updates = self._trainer.updates
+        return (out_of_time and updates > 0) or 0 < self._steps <= updates
+
+    def _elapsed_s(self) -> float:
+        """Wall time of the run; what passed without a worker does not count."""
+        return self._earlier_s + time.monotonic() - self._loaded_at
 
     def _sample(self, ctx: Context) -> None:
         from llmos.services.programs.gan_pictures import write_grid
@@ -146,7 +149,7 @@ class Gan(Program):
             overwrite=self.args.overwrite,
         )
         result = {"model": self.args.out, "folder": entry["folder"], "steps": self._trainer.updates}
-        return Done(result={**result, "seconds": round(self._spent_s, 3), **self._metrics})
+        return Done(result={**result, "seconds": round(self._elapsed_s(), 3), **self._metrics})
 
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
@@ -155,7 +158,7 @@ class Gan(Program):
         save_file(self._trainer.tensors(), folder / "training.safetensors")
         state = {
             "updates": self._trainer.updates,
-            "spent_s": self._spent_s,
+            "elapsed_s": self._elapsed_s(),
             "metrics": self._metrics,
             "order": self._order.state(),
             "conditions": self._trainer.conditions(),
@@ -169,7 +172,8 @@ class Gan(Program):
         self._say_differences(state["conditions"])
         self._trainer.restore(load_file(folder / "training.safetensors"), state["updates"])
         self._order.restore(state["order"])
-        self._spent_s, self._metrics = state["spent_s"], state["metrics"]
+        self._earlier_s, self._loaded_at = state["elapsed_s"], time.monotonic()
+        self._metrics = state["metrics"]
 
     def _say_differences(self, before: dict[str, Any]) -> None:
         """A run that goes on under other conditions is a little different: said, not hidden."""

@@ -70,6 +70,14 @@ def test_the_hello_says_who_and_where(place: tuple[Link, Path]) -> None:
     assert hello["os_pid"] > 0
 
 
+def test_a_guest_whose_end_was_not_heard_is_still_named(place: tuple[Link, Path]) -> None:
+    link, path = place
+    link.post({"k": "guest_done", "pid": 9, "status": 0}, keep=True)
+    with End(path) as end:
+        assert end.next()["guests"] == [5, 9]
+        assert end.next()["k"] == "guest_done"
+
+
 def test_messages_of_the_kernel_reach_the_worker_in_order(place: tuple[Link, Path]) -> None:
     link, path = place
     with End(path) as end:

@@ -191,15 +191,6 @@ def test_a_plan_that_its_zygote_does_not_live_to_make_is_answered(m: Machine) ->
     wait_until(m.zygote_is_ready, "a new zygote")
 
 
-def test_shutdown_in_the_middle_goes_on_after_the_next_boot(m: Machine, undisturbed: float) -> None:
-    pid = run(m)
-    m.until_step(pid, 10)
-    m.shutdown()
-    m.check_nobody_is_left()
-    m.boot()
-    check_whole(m, pid, undisturbed)
-
-
 def test_what_is_killed_in_the_moment_it_starts_is_gone(m: Machine) -> None:
     for _ in range(3):
         pid = m.submit(steps=100_000)
@@ -207,7 +198,9 @@ def test_what_is_killed_in_the_moment_it_starts_is_gone(m: Machine) -> None:
     wait_until(lambda: not [r for r in m.ask(p.Ps()) if r["role"] == "process"], "all to be gone")
 
 
-def test_the_terminating_signal_is_a_shutdown(m: Machine, undisturbed: float) -> None:
+def test_the_terminating_signal_is_a_shutdown_after_which_a_boot_goes_on(
+    m: Machine, undisturbed: float
+) -> None:
     pid = run(m)
     m.until_step(pid, 5)
     assert m.process is not None
