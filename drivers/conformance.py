@@ -68,7 +68,7 @@ class _Bench:
 
     async def start_in(self, work: Path, pid: int, **args: Any) -> str:
         worker_id = f"w{pid}-{next(self._numbers)}"
-        work.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  a bench may block
         device = self.driver.devices()[0]
         spec = WorkerSpec(
             worker_id, device.name, self.home / "w" / worker_id, work / "log", self.home
@@ -209,7 +209,7 @@ async def stop_writes_a_checkpoint_and_a_new_worker_goes_on_from_it(b: _Bench) -
     b.driver.send(worker, {"k": "stop"})
     assert await b.until_ended(worker) == 0
     saved = b.said(worker, "checkpointed")[-1]
-    assert Path(saved["folder"]).is_dir()
+    assert Path(saved["folder"]).is_dir()  # noqa: ASYNC240  a bench may block
     again = await b.start_in(work, int(work.name), steps=10_000, busy_ms=1.0)
     b.driver.grant(again, 2)
     await b.until_said(again, "report")

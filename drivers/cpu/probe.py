@@ -43,7 +43,9 @@ def parse_cores(text: str) -> tuple[int, ...]:
             raise BadArgument(f"{text!r} is not a list of cores", "write it as 0-3 or 0+2")
         found = range(int(match[1]), int(match[2] or match[1]) + 1)
         if not found:
-            raise BadArgument(f"{text!r} is not a list of cores", "write the smaller one first: 0-3")
+            raise BadArgument(
+                f"{text!r} is not a list of cores", "write the smaller one first: 0-3"
+            )
         cores += found
     return tuple(dict.fromkeys(cores))
 

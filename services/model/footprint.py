@@ -26,9 +26,9 @@ BASE_BYTES = {"train": 150 << 20, "infer": 60 << 20}
 # to measured peaks for the recurrent models, whose kernels keep workspaces of their own.
 TRANSFORMER = {4: (40.0, 16.0), 2: (34.0, 8.0)}
 RECURRENT = {
-    "llmos_rnn": {4: 9.0, 2: 8.5},
-    "llmos_lstm": {4: 30.0, 2: 12.0},
-    "llmos_gru": {4: 40.0, 2: 24.0},
+    "llmos_rnn": {4: 21.0, 2: 13.0},
+    "llmos_lstm": {4: 36.0, 2: 32.0},
+    "llmos_gru": {4: 36.0, 2: 27.0},
 }
 
 # Bytes per token and unit of the vocabulary: logits in the type of the products and in float32,

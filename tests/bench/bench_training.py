@@ -18,13 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.run_program import Run, make_context
-from support.texts import story_file
-
 from llmos.services.data.order import Order
 from llmos.services.model.families import build
 from llmos.services.programs.lm_start import shape_of
 from llmos.services.programs.pretrain import Pretrain
+from support.run_program import Run, make_context
+from support.texts import story_file
 
 CASES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -79,7 +79,7 @@ def test_a_model_is_fine_tuned_on_answers(llmos: Machine, method: str) -> None:
     rows = [{"prompt": f"Who is {n}?", "answer": f"Number {n}."} for n in range(20)]
     pairs.write_text("".join(json.dumps(r) + "\n" for r in rows))
     llmos.ok("finetune", "tiny", str(pairs), "--out", f"ft-{method}", "--steps", "10",
-             "--method", method, "--context", "32", "--dtype", "float32")  # fmt: skip
+             "--method", method, "--dtype", "float32")  # fmt: skip
     assert llmos("run", f"ft-{method}", "Who is 3?", "--max-tokens", "4").returncode == 0
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def undisturbed(m: Machine) -> float:
     return float(ended["result"]["checksum"])
 
 
-def run(m: Machine, **more: object) -> int:
+def run(m: Machine, **more: Any) -> int:
     return m.submit(steps=STEPS, busy_ms=BUSY_MS, seed=3, **more)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -145,10 +146,8 @@ def test_services_come_up_are_restarted_by_call_and_come_back_when_killed(fresh:
         os.kill(models["os_pid"], 9)
         proc = await fresh.until_state(models["pid"], State.BACKOFF)
         assert "SIGKILL" in proc.story[-1][2]
-        try:
-            await fresh.talk.answer(open_call)  # it may have been answered before the kill
-        except ServiceFailed as exc:
-            assert "died" in exc.message or "not up" in exc.message
+        with contextlib.suppress(ServiceFailed):  # or it was answered before the kill
+            await fresh.talk.answer(open_call)
         # A call that comes meanwhile waits for the service to be back.
         assert [m["name"] for m in await fresh.ask(p.Call("models.ls"))] == ["toy"]
         assert (await fresh.ask(p.Services()))[0]["restarts"] == 1
@@ -176,7 +175,7 @@ def test_a_journal_that_cannot_be_written_is_said_and_reads_go_on(fresh: Live) -
             await fresh.spin(steps=1000)
         assert (await fresh.ask(p.Status()))["journal"]["error"]
         assert len(await fresh.ask(p.Ps())) >= 1
-        del fresh.kernel.journal._commit  # type: ignore[attr-defined]
+        del fresh.kernel.journal._commit
         pid = await fresh.spin(steps=1)
         assert (await fresh.wait(pid))["exit_status"] == 0
         assert (await fresh.ask(p.Status()))["journal"]["error"] is None

@@ -139,7 +139,7 @@ async def test_checkpoint_answers_when_it_is_on_disk(live: Live) -> None:
     await live.until(pid, lambda proc: proc.progress.get("step", 0) >= 2)
     answer = await live.ask(p.Checkpoint(pid))
     assert answer["step"] >= 2
-    assert os.path.isdir(answer["folder"])
+    assert os.path.isdir(answer["folder"])  # noqa: ASYNC240
 
 
 @in_kernel
@@ -194,6 +194,7 @@ async def test_wait_gives_up_when_told_to(live: Live) -> None:
         await live.ask(p.Wait(pid, 0.01))
 
 
+NOT_TEXT: Any = 5
 WRONG: list[tuple[p.Request, type[LlmosError], str]] = [
     (p.Submit("spn"), NoSuchThing, "no program 'spn'"),
     (p.Submit("spin", {"stps": 3}), BadArgument, "no argument --stps"),
@@ -204,7 +205,7 @@ WRONG: list[tuple[p.Request, type[LlmosError], str]] = [
     (p.Submit("spin", cls="urgent"), BadArgument, "class is one of"),
     (p.Submit("spin", restart="maybe"), BadArgument, "restart is one of"),
     (p.Submit("spin", device="cuda0"), NoSuchThing, "no device 'cuda0'"),
-    (p.Submit("spin", env={"A": 5}), BadArgument, "env"),
+    (p.Submit("spin", env={"A": NOT_TEXT}), BadArgument, "env"),
     (p.Submit("spin", {"memory_bytes": 2 * 1024 * MIB}), NoMemory, "sim0 has"),
     (p.Submit("infer", {"model": "toy"}), BadArgument, "needs PROMPT"),
     (p.Submit("infer", {"model": "toi", "prompt": "x"}), NoSuchThing, "no model 'toi'"),
@@ -261,7 +262,8 @@ async def test_a_near_name_is_suggested(live: Live) -> None:
 @in_kernel
 async def test_a_plan_that_fails_is_the_answer_and_nothing_stays(live: Live) -> None:
     seen: list[int] = []
-    live.kernel.drivers["sim"].plan = lambda ticket, entry, args: seen.append(ticket)
+    driver: Any = live.kernel.drivers["sim"]
+    driver.plan = lambda ticket, entry, args: seen.append(ticket)
     try:
         asked = live.talk.begin(p.Submit("spin"))
         await wait_until(lambda: bool(seen))
@@ -278,7 +280,7 @@ async def test_a_plan_that_fails_is_the_answer_and_nothing_stays(live: Live) -> 
         with pytest.raises(NoSuchProcess):
             await live.ask(p.Ps(pid=pid))
     finally:
-        del live.kernel.drivers["sim"].plan  # type: ignore[attr-defined]
+        del driver.plan
 
 
 @in_kernel
@@ -349,8 +351,8 @@ async def test_a_far_alarm_survives_a_near_one(live: Live) -> None:
 async def test_many_clients_ask_at_once_and_each_gets_its_own_answers(live: Live) -> None:
     async def one(number: int) -> None:
         async with await live.other() as talk:
-            pids = [await talk.ask(p.Submit("spin", {"steps": 1, "busy_ms": 0.1, "exit_status": number}))
-                    for _ in range(3)]  # fmt: skip
+            args = {"steps": 1, "busy_ms": 0.1, "exit_status": number}
+            pids = [await talk.ask(p.Submit("spin", args)) for _ in range(3)]
             for pid in pids:
                 assert (await talk.ask(p.Wait(pid["pid"])))["exit_status"] == number
 

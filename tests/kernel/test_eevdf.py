@@ -21,10 +21,10 @@ def test_equal_weights_take_turns() -> None:
         q.add(key, 1024, 0.5)
     order = []
     for _ in range(6):
-        key = q.pick()
-        assert key is not None
-        order.append(key)
-        q.charge(key, 0.5)
+        picked = q.pick()
+        assert picked is not None
+        order.append(picked)
+        q.charge(picked, 0.5)
     assert sorted(order[:2]) == sorted(order[2:4]) == sorted(order[4:]) == ["a", "b"]
 
 

@@ -32,25 +32,38 @@ OLD: dict[str, tuple[bytes, Any]] = {
         P.Submit("spin", {"steps": 3}),
     ),
     "kill": (b"\x83\xa2id\x01\xa4call\xa4kill\xa4args\x82\xa3pid\x07\xa6signal\x09", P.Kill(7, 9)),
-    "renice": (b"\x83\xa2id\x01\xa4call\xa6renice\xa4args\x82\xa3pid\x07\xa4nice\xfb", P.Renice(7, -5)),
+    "renice": (
+        b"\x83\xa2id\x01\xa4call\xa6renice\xa4args\x82\xa3pid\x07\xa4nice\xfb",
+        P.Renice(7, -5),
+    ),
     "pause": (b"\x83\xa2id\x01\xa4call\xa5pause\xa4args\x81\xa3pid\x07", P.Pause(7)),
     "resume": (b"\x83\xa2id\x01\xa4call\xa6resume\xa4args\x81\xa3pid\x07", P.Resume(7)),
     "checkpoint": (b"\x83\xa2id\x01\xa4call\xaacheckpoint\xa4args\x81\xa3pid\x07", P.Checkpoint(7)),
     "wait": (
-        b"\x83\xa2id\x01\xa4call\xa4wait\xa4args\x82\xa3pid\x07\xa9timeout_s\xcb?\xe0\x00\x00\x00\x00\x00\x00",
+        b"\x83\xa2id\x01\xa4call\xa4wait\xa4args\x82\xa3pid\x07"
+        b"\xa9timeout_s\xcb?\xe0\x00\x00\x00\x00\x00\x00",
         P.Wait(7, 0.5),
     ),
-    "attach": (b"\x83\xa2id\x01\xa4call\xa6attach\xa4args\x82\xa3pid\x07\xa6offset\x64", P.Attach(7, 100)),
-    "logs": (b"\x83\xa2id\x01\xa4call\xa4logs\xa4args\x82\xa3pid\x07\xa4tail\x0a", P.Logs(7, tail=10)),
+    "attach": (
+        b"\x83\xa2id\x01\xa4call\xa6attach\xa4args\x82\xa3pid\x07\xa6offset\x64",
+        P.Attach(7, 100),
+    ),
+    "logs": (
+        b"\x83\xa2id\x01\xa4call\xa4logs\xa4args\x82\xa3pid\x07\xa4tail\x0a",
+        P.Logs(7, tail=10),
+    ),
     "send": (
         b"\x83\xa2id\x01\xa4call\xa4send\xa4args\x82\xa3pid\x07\xa7message\x81\xa4text\xa2hi",
         P.Send(7, {"text": "hi"}),
     ),
-    "call": (b"\x83\xa2id\x01\xa4call\xa4call\xa4args\x81\xa6method\xa9models.ls", P.Call("models.ls")),
+    "call": (
+        b"\x83\xa2id\x01\xa4call\xa4call\xa4args\x81\xa6method\xa9models.ls",
+        P.Call("models.ls"),
+    ),
     "services": (b"\x83\xa2id\x01\xa4call\xa8services\xa4args\x80", P.Services()),
     "events": (b"\x83\xa2id\x01\xa4call\xa6events\xa4args\x81\xa5since\xcd\x01\x00", P.Events(256)),
     "shutdown": (b"\x83\xa2id\x01\xa4call\xa8shutdown\xa4args\x80", P.Shutdown()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OLD)
@@ -97,16 +110,36 @@ BAD: dict[str, tuple[Any, type[LlmosError], str]] = {
     "an unknown call": ({"id": 1, "call": "kil"}, BadArgument, "there is no call 'kil'"),
     "args no map": ({"id": 1, "call": "kill", "args": [7]}, ProtocolError, "is a map"),
     "an unknown field": (
-        {"id": 1, "call": "kill", "args": {"pid": 7, "sig": 9}}, BadArgument, "kill has no field 'sig'"
+        {"id": 1, "call": "kill", "args": {"pid": 7, "sig": 9}},
+        BadArgument,
+        "kill has no field 'sig'",
     ),
-    "a wrong type": ({"id": 1, "call": "kill", "args": {"pid": "7"}}, BadArgument, "pid is an integer"),
-    "a bool is no integer": ({"id": 1, "call": "kill", "args": {"pid": True}}, BadArgument, "integer"),
-    "an integer is no bool": ({"id": 1, "call": "ps", "args": {"all": 1}}, BadArgument, "true or false"),
+    "a wrong type": (
+        {"id": 1, "call": "kill", "args": {"pid": "7"}},
+        BadArgument,
+        "pid is an integer",
+    ),
+    "a bool is no integer": (
+        {"id": 1, "call": "kill", "args": {"pid": True}},
+        BadArgument,
+        "integer",
+    ),
+    "an integer is no bool": (
+        {"id": 1, "call": "ps", "args": {"all": 1}},
+        BadArgument,
+        "true or false",
+    ),
     "a map with other keys": (
-        {"id": 1, "call": "submit", "args": {"program": "x", "args": {1: 2}}}, BadArgument, "args is a map"
+        {"id": 1, "call": "submit", "args": {"program": "x", "args": {1: 2}}},
+        BadArgument,
+        "args is a map",
     ),
-    "a missing field": ({"id": 1, "call": "renice", "args": {"pid": 7}}, BadArgument, "renice needs nice"),
-}  # fmt: skip
+    "a missing field": (
+        {"id": 1, "call": "renice", "args": {"pid": 7}},
+        BadArgument,
+        "renice needs nice",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 import struct
@@ -122,7 +123,8 @@ async def test_a_client_that_does_not_read_stops_nobody_and_is_not_buffered_for_
     # It was cut off at the high-water mark, give or take what was read in one piece.
     assert slow._transport.get_write_buffer_size() < 1000 * one / 2
     reader._transport.resume_reading()  # type: ignore[attr-defined]
-    unpacker, seen = Unpacker(), []
+    seen: list[int] = []
+    unpacker = Unpacker()
     async with asyncio.timeout(20):
         while len(seen) < 1000:
             seen += [m["id"] for m in unpacker.feed(await reader.read(1 << 18))]
@@ -199,9 +201,8 @@ async def test_a_peer_of_another_user_is_not_let_in(
     reader, writer = await connect(live)
     writer.write(msgpack.packb(1))
     async with asyncio.timeout(5):
-        with pytest.raises(ConnectionError):
+        with contextlib.suppress(ConnectionResetError):
             assert await reader.read() == b""
-            raise ConnectionResetError  # an orderly end says the same
     monkeypatch.undo()
     goodbye(writer)
     assert await live.ask(p.Ping()) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import Any
 
@@ -30,7 +31,7 @@ def test_any_split_of_the_bytes_gives_the_same_values(values: list[Any], cuts: l
     data = b"".join(map(pack, values))
     edges = [0, *sorted(c for c in cuts if c < len(data)), len(data)]
     unpacker, found = Unpacker(), []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         found += list(unpacker.feed(data[begin:end]))
     assert found == values
 

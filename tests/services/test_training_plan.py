@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.texts import story_file, toy_model
 
 from llmos.kernel.errors import BadArgument, BadInput
 from llmos.services.programs.base import Footprint, describe
 from llmos.services.programs.finetune import Finetune
 from llmos.services.programs.pretrain import Pretrain
+from support.texts import story_file, toy_model
 
 
 def plan(tmp_path: Path, **args: Any) -> Footprint:
@@ -102,7 +102,7 @@ def test_unreadable_text_is_found_before_anything_runs(
         plan(tmp_path, data=str(path))
 
 
-@pytest.fixture()
+@pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "a", "answer": "b"}) for _ in range(9)))

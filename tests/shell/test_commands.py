@@ -70,7 +70,7 @@ def test_the_json_of_status_and_mem_has_the_keys_that_scripts_use(sh: Shell) -> 
 def test_ps_shows_a_process_in_80_columns_and_wide_shows_all(sh: Shell, site: Site) -> None:
     long = "a-name-that-is-much-too-long-for-a-column"
     pid = site.spin(steps=0, name=long)
-    until(lambda: site.client().process(pid)["state"] == "running")
+    until(lambda: site.process(pid)["state"] == "running")
     narrow, wide = sh.ok("ps"), sh.ok("ps", "-w")
     assert max(map(len, narrow.splitlines())) <= 80
     assert "a-name-t" in narrow
@@ -204,7 +204,8 @@ def test_ctrl_c_on_a_run_ends_it_and_on_a_training_leaves_it(
                     key=lambda q: q["pid"])  # fmt: skip
         assert ended["exit_status"] == 130
         pid = site.spin(steps=0)
-        left = sh("attach", str(pid))
+        until(lambda: site.process(pid)["progress"])
+        left = sh("attach", "--from-start", str(pid))
         assert left.status == 130
         assert f"llmos attach {pid}" in left.err
         assert client.process(pid)["state"] != "exited"
@@ -219,6 +220,7 @@ def test_a_program_in_the_background_is_left_alone(
         raise Background
 
     pid = site.spin(steps=0)
+    until(lambda: site.process(pid)["progress"])
     monkeypatch.setattr(View, "show", leave)
     assert sh("attach", "--from-start", str(pid)).status == 0
     with site.client() as client:

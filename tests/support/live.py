@@ -39,7 +39,7 @@ def short_home() -> Path:
 async def wait_until(true: Callable[[], bool], within_s: float = LIMIT_S) -> None:
     """Look often, give up late: quick on a good day, not flaky on a slow one."""
     async with asyncio.timeout(within_s):
-        while not true():
+        while not true():  # noqa: ASYNC110  what is waited for sets no event
             await asyncio.sleep(0.002)
 
 

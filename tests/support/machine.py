@@ -28,7 +28,7 @@ TEXT = " ".join(
 
 # A model so small that a step takes milliseconds.
 TINY = (
-    "--width", "32", "--layers", "1", "--heads", "2", "--context", "32", "--batch", "4",
+    "--width", "32", "--layers", "1", "--heads", "2", "--context", "64", "--batch", "4",
     "--vocab-size", "300", "--dtype", "float32", "--threads", "1",
 )  # fmt: skip
 

@@ -74,7 +74,8 @@ class Machine:
 
     def collect(self, request: p.Request) -> tuple[list[Any], Any]:
         """The items of a call, and its answer; raises the error that came instead."""
-        items, unpacker = [], Unpacker()
+        items: list[Any] = []
+        unpacker = Unpacker()
         with socket.socket(socket.AF_UNIX) as line:
             line.settimeout(LIMIT_S)
             line.connect(str(self.home / "kernel.sock"))

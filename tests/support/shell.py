@@ -74,11 +74,16 @@ class Site:
         with self.client() as client:
             return client.submit("spin", options, **fields)
 
+    def process(self, pid: int) -> dict[str, Any]:
+        with self.client() as client:
+            return client.process(pid)
+
     def clean(self) -> None:
         """No process of a user lives."""
         if self.os_pid and alive(self.os_pid):
             with self.client() as client:
-                for p in client.ps():
+                # Guests first: with their engine they would be gone before their turn.
+                for p in sorted(client.ps(), key=lambda p: p["role"] != "guest"):
                     if p["role"] != "service":
                         client.kill(p["pid"], 9)
 
