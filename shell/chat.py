@@ -67,9 +67,9 @@ class Conversation:
 
     def turn(self, prompt: str) -> Record:
         """Say something and show the answer -> its "turn" record. Raises ChatEnded."""
-        self._client.send(self.pid, {"prompt": prompt})
         assert self._stream is not None
         with View(self._ctx, label="chat") as view, self._interrupts_stop():
+            self._client.send(self.pid, {"prompt": prompt})
             return self._answer(self._stream, view)
 
     def _answer(self, stream: Stream, view: View) -> Record:

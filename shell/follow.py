@@ -9,11 +9,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
-from llmos.kernel.errors import LlmosError, NoKernel, from_wire
+from llmos.kernel.errors import LlmosError, NoKernel, TimedOut, from_wire
 from llmos.shell.client import Client, Record, Stream
 from llmos.shell.context import Context
 from llmos.shell.render import duration
@@ -21,6 +21,9 @@ from llmos.shell.view import View
 
 # How long to wait for a kernel that went away while its processes are alive.
 KERNEL_BACK_S = 60.0
+# A silence this long makes one ask what the process waits for.
+QUIET_S = 2.0
+WAITING = frozenset({"waiting", "paused", "preempted", "backoff"})
 INTERRUPTED = 130
 
 
@@ -82,23 +85,33 @@ def _catch_up(client: Client, pid: int, view: View) -> int:
 
 def _until_end(ctx: Context, client: Client, pid: int, offset: int, view: View) -> Record:
     """Show records until the process ends, over any number of kernels."""
-    current: Client | None = client
+    with ExitStack() as later:
+        while True:
+            stream: Stream | None = None
+            try:
+                stream = client.attach(pid, offset)
+                _show_all(client, pid, stream, view)
+                return stream.result or {}
+            except NoKernel:
+                offset = stream.offset if stream is not None else offset
+                view.note("the kernel has gone; waiting for it to come back (Ctrl-C leaves)")
+            client = later.enter_context(_wait_for_kernel(ctx))
+
+
+def _show_all(client: Client, pid: int, stream: Stream, view: View) -> None:
+    """Show the records to the end; when nothing comes, say once what the process waits for."""
+    said = ""
     while True:
-        stream: Stream | None = None
         try:
-            if current is None:
-                current = _wait_for_kernel(ctx)
-            stream = current.attach(pid, offset)
-            for record in stream:
-                view.show(record)
-            return stream.result or {}
-        except NoKernel:
-            if stream is not None:
-                offset = stream.offset
-            if current is None:
-                raise  # it did not come back
-            view.note("the kernel has gone; waiting for it to come back (Ctrl-C leaves)")
-            current = None
+            view.show(stream.next(QUIET_S))
+        except StopIteration:
+            return
+        except TimedOut:
+            process = client.process(pid)
+            why = f"{process['state']}: {process['reason']}" if process["reason"] else ""
+            if why and why != said and process["state"] in WAITING:
+                view.note(f"{why}  (`llmos explain {pid}` tells more)")
+            said = why
 
 
 def _wait_for_kernel(ctx: Context) -> Client:

@@ -31,7 +31,12 @@ def command_help(command: Command) -> str:
     flags = [o for o in command.options if not o.positional]
     if positionals:
         parts.append("Arguments:\n" + _rows((o.shown, describe(o)) for o in positionals))
-    parts.append("Options:\n" + _rows((_flag_column(o), describe(o)) for o in [*flags, _HELP]))
+    own = [o for o in flags if not o.common]
+    common = [o for o in flags if o.common]
+    parts.append("Options:\n" + _rows((_flag_column(o), describe(o)) for o in [*own, _HELP]))
+    if common:
+        rows = _rows((_flag_column(o), describe(o)) for o in common)
+        parts.append("Options of every program:\n" + rows)
     if command.examples:
         parts.append("Examples:\n" + "\n".join(f"  {line}" for line in command.examples))
     return "\n\n".join(parts) + "\n"

@@ -55,6 +55,7 @@ class Option:
     complete: str = ""
     minimum: float | None = None
     maximum: float | None = None
+    common: bool = False  # every program takes it: under a heading of its own in help
 
     @property
     def flag(self) -> str:

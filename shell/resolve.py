@@ -82,7 +82,9 @@ def pid_of(processes: list[Record], word: str) -> int:
     """The pid that a person means by a number or by the name of a live process."""
     if word.isdigit():
         return int(word)
-    named = [p["pid"] for p in processes if p["name"] == word]
+    found = [p for p in processes if p["name"] == word]
+    # An engine is called as its guests are, and is seldom what a person means.
+    named = [p["pid"] for p in found if p.get("role") != "engine"] or [p["pid"] for p in found]
     if len(named) == 1:
         return int(named[0])
     if named:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.live import Live
+
+# The same examples at each run, on a machine however busy. HYPOTHESIS_PROFILE=explore looks for
+# new ones.
+BUSY = [HealthCheck.too_slow]
+settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, suppress_health_check=BUSY
+)
+settings.register_profile("explore", deadline=None, max_examples=1500, suppress_health_check=BUSY)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,10 @@ class Worker:
              "metrics": outcome.metrics, "shares": outcome.shares, "marks": list(self.marks)}
         )  # fmt: skip
         self.marks.clear()
-        due = time.monotonic() - self.saved_at > self.interval_s
+        every = getattr(self.program.args, "save_every", 0)  # steps; a program may offer it
+        due = (
+            self.step % every == 0 if every else time.monotonic() - self.saved_at > self.interval_s
+        )
         if self.program.has_checkpoint and (due or self.checkpoint_wanted or self.stop_wanted):
             self.save()
         if self.stop_wanted:

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,18 @@ def _engine_key(schema: dict[str, Any], args: dict[str, Any], device: str) -> st
         return ""
     # How long to keep the model says nothing about which model it is.
     chosen = {n: args[n] for n in schema["engine_args"] if n in args and n != "keep_alive_s"}
-    text = json.dumps([schema["engine"], chosen, device], sort_keys=True)
+    versions = [_version(v) for v in chosen.values() if isinstance(v, str) and v.startswith("/")]
+    text = json.dumps([schema["engine"], chosen, device, versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _version(path: str) -> list[int]:
+    """A model that was made anew under the same name is another one."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return []  # the planner says what is wrong with it
+    return [found.st_ino, found.st_mtime_ns]
 
 
 def _name(schema: dict[str, Any], args: dict[str, Any]) -> str:

@@ -207,7 +207,8 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         if isinstance(module, nn.LSTM):
             # An LSTM remembers by default (Jozefowicz et al. 2015): forget gates open.
             width = module.hidden_size
-            init.ones_(module.bias_ih_l0[width : 2 * width])
+            biases = torch.split(module.get_parameter("bias_ih_l0"), width)
+            init.ones_(biases[1])
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -85,7 +85,7 @@ def _of_schema(name: str, schema: dict[str, Any]) -> Command:
 def with_common(own: tuple[Option, ...]) -> tuple[Option, ...]:
     """A program's options and those that all programs take; its own go before."""
     taken = {o.name for o in own}
-    return (*own, *(o for o in COMMON if o.name not in taken))
+    return (*own, *(replace(o, common=True) for o in COMMON if o.name not in taken))
 
 
 def launch(ctx: Context, program: str, values: Values) -> int:

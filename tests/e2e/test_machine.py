@@ -38,6 +38,14 @@ def test_a_model_is_trained_listed_loaded_and_served(llmos: Machine) -> None:
     assert done.stdout.rstrip("\n") == generated(folder, "The red", 12).rstrip("\n")
 
 
+def test_a_model_made_anew_under_its_name_is_the_one_that_answers(llmos: Machine) -> None:
+    words = ("run", "again", "The red", "--max-tokens", "8", "--temperature", "0", "--raw")
+    llmos.ok("wait", str(llmos.pretrain("again", 3)))
+    before = llmos.ok(*words)
+    llmos.ok("wait", str(llmos.pretrain("again", 60, "--overwrite")))
+    assert llmos.ok(*words) != before
+
+
 def test_the_same_seed_gives_the_same_text(llmos: Machine) -> None:
     words = ("run", "tiny", "The", "--max-tokens", "8", "--temperature", "1", "--seed")
     assert llmos.ok(*words, "5") == llmos.ok(*words, "5")

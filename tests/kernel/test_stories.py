@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos.kernel import events as ev
@@ -126,7 +126,6 @@ class Story:
 scripts = st.lists(actions, min_size=1, max_size=40)
 
 
-@settings(deadline=None, max_examples=150)
 @given(scripts, st.integers(1, 2))
 def test_everybody_reaches_the_end_and_all_memory_comes_back(
     script: list[tuple[Any, ...]], devices: int
@@ -138,7 +137,6 @@ def test_everybody_reaches_the_end_and_all_memory_comes_back(
     story.balanced()
 
 
-@settings(deadline=None, max_examples=150)
 @given(scripts, st.integers(1, 2))
 def test_a_shutdown_at_any_moment_stops_all_and_keeps_what_is_not_done(
     script: list[tuple[Any, ...]], devices: int
@@ -160,7 +158,6 @@ def test_a_shutdown_at_any_moment_stops_all_and_keeps_what_is_not_done(
             assert proc.state in (State.WAITING, State.BACKOFF, State.EXITED)
 
 
-@settings(deadline=None, max_examples=30)
 @given(scripts)
 def test_the_same_script_gives_the_same_story_twice(script: list[tuple[Any, ...]]) -> None:
     first, second = (Story(1).play(script) for _ in range(2))

@@ -198,8 +198,7 @@ def test_an_async_client_tells_its_waiters_when_the_kernel_goes(off: Site) -> No
     async def work() -> None:
         async with AsyncClient(off.home.path) as client:
             waiting = [asyncio.create_task(client.wait(pid)) for pid in (1, 2)]
-            while len(server.heard) < 2:
-                await asyncio.sleep(0.001)
+            await asyncio.to_thread(until, lambda: len(server.heard) == 2)
             server.close()
             for task in waiting:
                 with pytest.raises(NoKernel):

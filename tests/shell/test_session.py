@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +56,7 @@ def test_the_pieces_in_which_bytes_arrive_make_no_difference(cuts: list[int]) ->
     )
     edges = sorted({0, len(data), *(min(c, len(data)) for c in cuts)})
     found = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         found += session.receive(data[start:end])
     assert [a for _, a in found] == [Item(0), Item(1), Item(2), Item(3), Result(1)]
 

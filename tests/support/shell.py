@@ -78,6 +78,10 @@ class Site:
         with self.client() as client:
             return client.process(pid)
 
+    def client_status(self) -> dict[str, Any]:
+        with self.client() as client:
+            return client.status()
+
     def clean(self) -> None:
         """No process of a user lives."""
         if self.os_pid and alive(self.os_pid):
