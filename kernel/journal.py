@@ -12,6 +12,7 @@ import dataclasses
 import queue
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ class Journal:
             db = self._connect()
             db.executescript(_SCHEMA)
             db.execute(
-                "DELETE FROM process WHERE ended IS NOT NULL AND (ended < unixepoch() - ? "
+                "DELETE FROM process WHERE ended IS NOT NULL AND (ended < ? "
                 "OR pid <= (SELECT pid FROM process WHERE ended IS NOT NULL ORDER BY pid DESC "
                 "LIMIT 1 OFFSET ?))",
-                (KEEP_S, KEEP_ROWS),
+                (time.time() - KEEP_S, KEEP_ROWS),
             )
             db.commit()
             found = [

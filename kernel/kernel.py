@@ -38,6 +38,9 @@ RECORDS = 20_000
 
 # A service answers within the caller's limit; a worker ends within this after being told to.
 DRAIN_S = 60.0
+
+# Memory is measured so many times less often while no device works.
+IDLE_MEASURE = 5
 MANIFEST_S = 60.0
 
 
@@ -281,7 +284,7 @@ class Kernel:
         args |= {name: guest.args[name] for name in schema["engine_args"] if name in guest.args}
         return Process(
             pid=self.take_pid(), program=schema["engine"], args=args, user=user_name(uid), uid=uid,
-            submitted_at=self.now(), name=guest.name,
+            submitted_at=self.now(), name=os.path.basename(str(args.get("model") or guest.name)),
             role=Role.ENGINE, device_wanted=guest.device_wanted, engine_key=guest.engine_key,
             cls=guest.cls, cwd=guest.cwd,
         )  # fmt: skip
@@ -360,7 +363,9 @@ class Kernel:
     async def _measure_for_ever(self) -> None:
         while True:
             await self.measure()
-            await asyncio.sleep(self.config.measure_s)
+            # Reading the pages of a large process takes milliseconds: less often when idle.
+            working = any(q.lease is not None for q in self.core.m.devices.values())
+            await asyncio.sleep(self.config.measure_s * (1 if working else IDLE_MEASURE))
 
     async def measure(self) -> None:
         """One pass over the memory of every device."""

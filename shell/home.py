@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,9 @@ def prepare(home: Home) -> list[str]:
 def _check_writable(home: Home) -> None:
     # Permission bits lie (root, read-only mounts, quotas): only writing tells.
     try:
-        with tempfile.TemporaryFile(dir=home.path) as probe:
-            probe.write(b"x")
+        # Not `tempfile`: its imports take longer than all the rest of a command's start.
+        probe = home.path / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
     except OSError as exc:
         raise HomeUnusable(f"the home {home.path} cannot be written: {exc.strerror}") from None

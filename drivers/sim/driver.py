@@ -56,6 +56,7 @@ class _Guest:
 class _Worker:
     spec: WorkerSpec
     os_pid: int
+    pid: int = 0
     args: dict[str, Any] = field(default_factory=dict)
     work: Path = Path()
     loaded: bool = False
@@ -226,7 +227,7 @@ class SimDriver:
                     self._end(worker, 0)
 
     def _load(self, worker: _Worker, m: dict[str, Any]) -> None:
-        worker.args, worker.work = m["args"], Path(m["work"])
+        worker.pid, worker.args, worker.work = m["pid"], m["args"], Path(m["work"])
         worker.stream = Stream(worker.work / "stream")
         worker.engine = "keep_alive_s" in m["args"] or "engine" in str(m.get("program"))
         folder = checkpoint.newest(worker.work / "checkpoints", lambda _: None)
@@ -309,7 +310,7 @@ class SimDriver:
         progress = {"step": worker.step, "total": total, "metrics": {}}
         assert worker.stream is not None
         worker.stream.append("progress", progress)
-        self._say(worker, {"k": "report", **progress, "shares": {}, "marks": []})
+        self._say(worker, {"k": "report", **progress, "shares": {}, "marks": [worker.pid]})
         if worker.want_checkpoint or worker.want_stop:
             self._checkpoint(worker)
         if worker.want_stop:

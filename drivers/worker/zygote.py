@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import importlib.metadata
 import json
 import os
 import select
@@ -283,8 +284,14 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def preload() -> None:
+    """Import what workers will need. Of programs only llmos's own: a plugin's code might do
+    at import what must not be done before a fork."""
     for name in PRELOADED:
         importlib.import_module(name)
+    for point in importlib.metadata.distribution("llmos").entry_points:
+        if point.group == "llmos.programs":
+            for name in (point.module, *point.load().preload):
+                importlib.import_module(name)
     import torch
 
     torch.set_num_threads(1)

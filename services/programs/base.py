@@ -179,6 +179,9 @@ class Program:
     # guest's arguments the host is chosen and started by.
     engine: ClassVar[str] = ""
     engine_args: ClassVar[tuple[str, ...]] = ()
+    # Modules that the zygote may import before any worker is forked: a start is that much faster.
+    # Importing them must not compute anything with torch and must not start a thread.
+    preload: ClassVar[tuple[str, ...]] = ()
     # What Ctrl-C on an attached run does: "detach" (it has checkpoints) or "kill".
     on_interrupt: ClassVar[str] = "detach"
     guest_type: ClassVar[type[Guest]] = Guest  # what the worker hands to `admit`

@@ -23,6 +23,11 @@ class Engine(Program):
     hidden = True
     on_interrupt = "kill"
 
+    preload = (
+        "llmos.services.programs.engine_host",
+        "llmos.services.programs.engine_plan",
+    )
+
     @dataclass(frozen=True)
     class Args:
         model: str = arg(help="registry name, folder or hub name", positional=True, model=True)

@@ -43,6 +43,11 @@ class Gan(Program):
     group = "training"
     has_checkpoint = True
 
+    preload = (
+        "llmos.services.programs.gan_train",
+        "llmos.services.programs.gan_plan",
+    )
+
     @dataclass(frozen=True)
     class Args:
         data: str = arg(

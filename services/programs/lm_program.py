@@ -19,6 +19,10 @@ class TrainingProgram(Program):
 
     group: ClassVar[str] = "training"
     has_checkpoint: ClassVar[bool] = True
+    preload: ClassVar[tuple[str, ...]] = (
+        "llmos.services.programs.lm_start",
+        "llmos.services.programs.lm_plan",
+    )
     session: Session
 
     def step(self, ctx: Context) -> Report | Done | Idle:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from llmos.shell import Client
 from llmos.shell.home import Home
 from llmos.shell.launch import boot, wait_gone
@@ -37,7 +39,7 @@ def generate(client: Client, model: str, tokens: int) -> tuple[float, list[float
         time.perf_counter()
         for _ in client.run(model, "Once upon a time", max_tokens=tokens, temperature=0.0)
     ]
-    return moments[0] - began, [b - a for a, b in zip(moments, moments[1:], strict=False)]
+    return moments[0] - began, [b - a for a, b in itertools.pairwise(moments)]
 
 
 def digest(home: Path, name: str) -> str:
@@ -116,13 +118,16 @@ def measure(client: Client, home: Path, given: argparse.Namespace) -> None:
     stormy_s = time.perf_counter() - began
     process = client.process(pid)
     holds = hold_times(client, pid)
-    print(f"{'first token, beside a training':<34} {statistics.median(firsts) * 1e3:6.0f} ms median")
+    print(
+        f"{'first token, beside a training':<34} {statistics.median(firsts) * 1e3:6.0f} ms median"
+    )
     show("gap between tokens, beside", beside)
     print(f"{'trainer off the device after':<34} {statistics.median(holds) * 1e3:6.2f} ms median   "
           f"{max(holds) * 1e3:6.2f} ms worst   ({len(holds)} preemptions)")  # fmt: skip
     kept = calm_s / max(1e-9, stormy_s - taken_s)
-    print(f"{'training kept, of the time left':<34} {kept:6.2f}   ({calm_s:.1f} s alone; {stormy_s:.1f} s "
-          f"with {taken_s:.1f} s of generations; device time {process['device_seconds']:.1f} s)")  # fmt: skip
+    print(f"{'training kept, of the time left':<34} {kept:6.2f}   ({calm_s:.1f} s alone; "
+          f"{stormy_s:.1f} s with {taken_s:.1f} s of generations; "
+          f"device time {process['device_seconds']:.1f} s)")  # fmt: skip
     same = digest(home, "calm") == digest(home, "stormy")
     print(f"{'final weights bit-identical':<34} {'yes' if same else 'NO'}")
 
