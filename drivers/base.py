@@ -23,12 +23,13 @@ socket is between them. To the worker:
 
 From the worker; those with a `seq` are kept and sent again until they are acknowledged:
 
-    hello     worker_id, os_pid, loaded, step, guests          after the kernel's hello
+    hello     worker_id, os_pid, loaded, step, guests, waiting, seen     after the kernel's hello;
+                                              `waiting`: the guests that wait for input
     loaded    seq
     report    step, total, metrics, shares, marks              one step is done
     mark      pid                             the stream of pid has grown
     checkpointed  seq, folder, step
-    guest_idle    seq, pid
+    guest_idle    seq, pid, seen
     guest_done    seq, pid, status, reason, result
     done      seq, status, reason, result     the program ended; the worker exits
     idle      seen                            nothing to do after `seen` messages about guests

@@ -19,7 +19,8 @@ GIB = 1024**3
 
 def devices_for(m: Machine, proc: Process) -> list[str]:
     if proc.device_wanted:
-        return [proc.device_wanted]
+        # A kernel may have been booted without the device that an earlier one had.
+        return [proc.device_wanted] if proc.device_wanted in m.devices else []
     return sorted(m.devices, key=lambda d: (-m.ledger.free(d), d))
 
 
@@ -41,20 +42,22 @@ def admit_waiting(m: Machine) -> None:
     """Start whatever fits now."""
     if m.shutting_down:
         return
-    closed: set[int] = set()  # classes in which somebody has waited too long to be passed
+    # Where somebody of a class has waited too long to be passed.
+    closed: set[tuple[int, str]] = set()
     for proc in sorted((m.procs[p] for p in m.waiting), key=lambda p: (int(p.cls), p.pid)):
-        if int(proc.cls) in closed:
+        devices = devices_for(m, proc)
+        open_ = [d for d in devices if (int(proc.cls), d) not in closed]
+        if devices and not open_:
             continue
-        device = next(
-            (d for d in devices_for(m, proc) if m.ledger.can_reserve(d, proc.segments)), None
-        )
+        device = next((d for d in open_ if m.ledger.can_reserve(d, proc.segments)), None)
         if device is not None:
             start(m, proc, device)
             continue
-        proc.reason = "memory"
+        proc.reason = "memory" if devices else "device"
         make_room(m, proc)
         if m.now - proc.submitted_at > PASSING_S:
-            closed.add(int(proc.cls))
+            could = [d for d in devices if m.ledger.can_ever_reserve(d, proc.segments)]
+            closed.update((int(proc.cls), d) for d in could)
 
 
 def start(m: Machine, proc: Process, device: str) -> None:

@@ -86,6 +86,7 @@ class Core:
             proc.state = State.WAITING
             proc.reason = "engine" if proc.role is Role.GUEST else "memory"
         proc.worker_id = ""
+        proc.awaits_input = False  # an engine that lives says who does; a new one begins anew
         if proc.live:
             proc.residency = Residency.DISK if proc.checkpoint else Residency.NONE
         self.m.enter(proc)

@@ -70,8 +70,11 @@ class WorkerIdle:
 
 @dataclass(frozen=True, slots=True)
 class GuestIdle:
+    """A guest waits for input, in a worker that had processed `seen` messages about guests."""
+
     worker_id: str
     pid: int
+    seen: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

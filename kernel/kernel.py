@@ -70,6 +70,7 @@ class Kernel:
         self._changed: dict[int, list[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._alarms: list[float] = []  # a heap of the moments the core wants to be asked at
+        self._closing = False
         self._tickets = 0
         self.plans: dict[int, asyncio.Future[list[dict[str, Any]]]] = {}
         self.planning: dict[int, asyncio.Task[None]] = {}  # engines that are being planned
@@ -182,6 +183,7 @@ class Kernel:
         return {"stopped": before, "checkpoints": len(saved)}
 
     async def close(self) -> None:
+        self._closing = True  # what ends from here on is not started again
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -234,7 +236,7 @@ class Kernel:
 
     def wake_at(self, at: float) -> None:
         """One timer, for the earliest moment that the core wants to be asked again."""
-        if at in self._alarms:
+        if at in self._alarms or self._closing:
             return
         heapq.heappush(self._alarms, at)
         if self._alarms[0] == at:
@@ -301,7 +303,9 @@ class Kernel:
 
     async def plan(self, schema: dict[str, Any], proc: Process) -> list[dict[str, Any]]:
         """Have a driver's planner predict the footprint. Raises what the program raised."""
-        device = proc.device_wanted or next(iter(self.devices))
+        device = proc.device_wanted
+        if device not in self.devices:  # not asked for, or of an earlier kernel
+            device = next(iter(self.devices))
         self._tickets += 1
         ticket = self._tickets
         future: asyncio.Future[list[dict[str, Any]]] = self._loop.create_future()

@@ -13,7 +13,6 @@ from llmos.kernel.events import (
     Checkpointed,
     Drop,
     Forget,
-    Forward,
     Grant,
     GuestIdle,
     Hold,
@@ -61,6 +60,9 @@ def submitted(m: Machine, e: Submitted) -> None:
     if e.process.role is Role.GUEST:
         m.move(e.process, State.WAITING, "submitted", "engine")
         join_engine(m, e.process)
+        host = m.engine_of(e.process)
+        if host is not None and host.state is not State.PLANNING:
+            m.save(e.process)  # else it is saved, or forgotten, with its engine
     else:
         m.move(e.process, State.PLANNING, "submitted")
 
@@ -90,6 +92,7 @@ def plan_failed(m: Machine, e: PlanFailed) -> None:
         m.leave_engine(p)
         del m.procs[p.pid]
         m.waiting.pop(p.pid, None)
+        m.early_input.pop(p.pid, None)
         m.out.append(Forget(p.pid))
 
 
@@ -147,6 +150,8 @@ def reported(m: Machine, e: Reported) -> None:
                 step = int(guest.progress.get("step", 0) + share)
                 guest.progress = {"step": step, "total": None, "metrics": {}, "at": m.now}
                 guest.started_at = guest.started_at or m.now
+            elif guest is not None:
+                m.save(guest)  # it ended with this step, which was charged to it just now
     proc.progress = {"step": e.step, "total": e.total, "metrics": e.metrics, "at": m.now}
 
 
@@ -223,8 +228,10 @@ def worker_gone(m: Machine, e: WorkerGone) -> None:
     proc.worker_id = ""
     proc.residency = Residency.DISK if proc.checkpoint else Residency.NONE
     admission.show_promise(m, proc)
+    # It went while there was no kernel, and left no word: the machine went down.
+    vanished = e.status is None and not worker.up
     if proc.role is Role.ENGINE:
-        _end_guests(m, proc, worker, e.status)
+        _end_guests(m, proc, worker, e.status, vanished)
     if not proc.live:
         return
     if worker.done is not None:
@@ -236,8 +243,9 @@ def worker_gone(m: Machine, e: WorkerGone) -> None:
             end(m, proc, status, reason)
     elif worker.stop_sent and (e.status == 0 or worker.saved_for_stop):
         to_be_continued(m, proc, "stopped at a safepoint")
-    elif e.status is None and not worker.up:
-        # It went while there was no kernel, and left no word: the machine went down.
+    elif vanished and proc.role is Role.ENGINE and not m.guests_of(proc.pid):
+        end(m, proc, 0, "its worker went with an earlier kernel")
+    elif vanished:
         to_be_continued(m, proc, "its worker is gone since an earlier kernel")
     elif worker.kill_signal:
         _killed(m, proc, worker)
@@ -299,17 +307,22 @@ def end(m: Machine, proc: Process, status: int, reason: str) -> None:
     proc.exit_status, proc.ended_at = status, m.now
     proc.residency = Residency.NONE if proc.checkpoint is None else Residency.DISK
     m.waiting.pop(proc.pid, None)
+    m.early_input.pop(proc.pid, None)
     m.leave_engine(proc)
     m.move(proc, State.EXITED, f"exit status {status}: {reason}", reason)
     m.record("exited", proc.pid, f"status {status}: {reason}")
     m.save(proc)
 
 
-def _end_guests(m: Machine, engine: Process, worker: Worker, status: int | None) -> None:
+def _end_guests(
+    m: Machine, engine: Process, worker: Worker, status: int | None, vanished: bool
+) -> None:
     for guest in m.guests_of(engine.pid):
-        if m.shutting_down and not guest.attached:
+        if (m.shutting_down or vanished) and not guest.attached:
+            guest.awaits_input = False
             if guest.state is not State.PAUSED:
-                m.move(guest, State.WAITING, "the kernel shuts down", "engine")
+                why = "the kernel shuts down" if m.shutting_down else "its engine starts again"
+                m.move(guest, State.WAITING, why, "engine")
             m.save(guest)
         elif m.shutting_down:
             end(m, guest, 128 + 15, "the kernel shut down")
@@ -461,21 +474,27 @@ def guest_idle(m: Machine, e: GuestIdle) -> None:
     guest = m.procs.get(e.pid)
     if guest is None:
         return
+    worker = m.workers[e.worker_id]
+    if e.seen is not None and e.seen < worker.inputs_sent.get(e.pid, 0):
+        return  # it had not read the newest input when it said so
     guest.awaits_input = True
     if guest.state not in (State.READY, State.RUNNING, State.PREEMPTED):
         return  # paused in the meantime, or gone
     m.move(guest, State.WAITING, "waits for input", "input")
-    turns.update(m, m.workers[e.worker_id])
+    turns.update(m, worker)
 
 
 def input_given(m: Machine, e: InputGiven) -> None:
     proc = m.find(e.pid)
     engine = m.engine_of(proc) if proc.role is Role.GUEST else None
     worker = m.worker_of(engine) if engine else None
-    if worker is None or not proc.live:
+    if proc.role is not Role.GUEST or not proc.live:
         raise IllegalMove(f"process {e.pid} takes no input")
-    worker.admits_sent += 1
-    m.out.append(Forward(worker.worker_id, e.pid, e.message))
+    if worker is None or e.pid not in worker.admitted:
+        # The engine does not know it yet: it gets the input right after the guest.
+        m.early_input.setdefault(e.pid, []).append(e.message)
+        return
+    turns.forward(m, worker, e.pid, e.message)
     proc.awaits_input = False
     if proc.state is State.WAITING and proc.reason == "input":
         m.move(proc, State.READY, "has input", "device")

@@ -6,6 +6,7 @@ The parts of the core (`lifecycle`, `admission`, `turns`, `guests`) are function
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmos.kernel.errors import NoSuchProcess
 from llmos.kernel.events import Changed, Order, Record, Save, WakeAt
@@ -34,6 +35,8 @@ class Worker:
     done: tuple[int, str] | None = None  # status and reason that the program itself gave
     admits_sent: int = 0
     admitted: set[int] = field(default_factory=set)
+    # Which of the messages sent was the last input of a guest: an older "idle" says nothing.
+    inputs_sent: dict[int, int] = field(default_factory=dict)
     floor: int = 2
     unsplit_s: float = 0.0  # device-seconds of an engine not yet split among its guests
     idle_since: float | None = None
@@ -52,6 +55,7 @@ class Machine:
     now: float = 0.0
     out: list[Order] = field(default_factory=list)
     shutting_down: bool = False
+    early_input: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by guest
     next_worker: int = 1
     earlier_s: float = 0.0  # device-seconds charged by earlier kernels
 

@@ -56,12 +56,22 @@ class Inbox:
                 "worker_id": e.worker_id, "device": worker.device, "os_pid": e.os_pid,
                 "started": driver.started(e.os_pid),
             }  # fmt: skip
+        guests = {int(pid) for pid in e.hello.get("guests", ())}
         if e.adopted:
             driver.hold(e.worker_id)  # until it is its turn
             # Whom the earlier kernel had not handed over yet is not in it.
-            worker.admitted &= {int(pid) for pid in e.hello.get("guests", ())}
+            worker.admitted &= guests
+            worker.admits_sent = int(e.hello.get("seen", 0))
         loaded = bool(e.hello.get("loaded"))
         k.post(ev.WorkerUp(e.worker_id, e.os_pid, loaded))
+        if e.adopted:
+            # Those whose clients went with the earlier kernel are nobody's any more.
+            for pid in sorted(guests - worker.admitted):
+                if pid not in k.core.m.procs or not k.core.m.procs[pid].live:
+                    worker.admits_sent += 1
+                    k.carry_out([ev.Drop(e.worker_id, pid)])
+            for pid in e.hello.get("waiting", ()):
+                k.post(ev.GuestIdle(e.worker_id, int(pid)))
         k.carry_out([ev.Save(proc.pid)])
 
     def _ended(self, e: WorkerEnded) -> None:
@@ -114,7 +124,8 @@ class Inbox:
             case "idle":
                 k.post(ev.WorkerIdle(worker_id, int(m["seen"])))
             case "guest_idle":
-                k.post(ev.GuestIdle(worker_id, int(m["pid"])))
+                seen = m.get("seen")
+                k.post(ev.GuestIdle(worker_id, int(m["pid"]), None if seen is None else int(seen)))
             case "guest_done":
                 self._done(worker_id, int(m["pid"]), m)
             case "done":

@@ -39,6 +39,13 @@ class Growth:
                 await future
         except TimeoutError:
             return
+        finally:
+            # Who looks again and again at what never grows must not leave a trace each time.
+            waiting = self._waiting.get(pid, [])
+            if future in waiting:
+                waiting.remove(future)
+                if not waiting:
+                    del self._waiting[pid]
 
 
 def read_bytes(path: Path, offset: int, most: int = PIECE_BYTES) -> bytes:

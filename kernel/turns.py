@@ -6,7 +6,9 @@ less urgent class are left out, so that a batch guest never rides past a waiting
 
 from __future__ import annotations
 
-from llmos.kernel.events import Admit, Changed, Grant, Hold, Load, Stop
+from typing import Any
+
+from llmos.kernel.events import Admit, Changed, Forward, Grant, Hold, Load, Stop
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import RUNNABLE, Class, Process, Role, State
 
@@ -131,8 +133,17 @@ def _admit_guests(m: Machine, worker: Worker) -> None:
             worker.admitted.add(guest.pid)
             worker.admits_sent += 1
             m.out.append(Admit(worker.worker_id, guest.pid))
+            for message in m.early_input.pop(guest.pid, ()):
+                forward(m, worker, guest.pid, message)
         if guest.state is State.READY and int(guest.cls) <= worker.floor:
             m.move(guest, State.RUNNING, f"the engine has {worker.device}")
+
+
+def forward(m: Machine, worker: Worker, pid: int, message: dict[str, Any]) -> None:
+    """Hand input to the engine that a guest is in."""
+    worker.admits_sent += 1
+    worker.inputs_sent[pid] = worker.admits_sent
+    m.out.append(Forward(worker.worker_id, pid, message))
 
 
 def _note_preemption(m: Machine, worker: Worker, by: Worker) -> None:

@@ -238,7 +238,9 @@ class CpuDriver:
             self._tell(WorkerCame(worker_id, worker.os_pid, message, worker.adopted))
             return
         self._tell(WorkerSaid(worker_id, message))
-        if "seq" in message:
+        # A call is kept until its answer (the next ack takes it along): a kernel that dies in
+        # between leaves it to the next one.
+        if "seq" in message and message["k"] != "call":
             self.send(worker_id, {"k": "ack", "seq": message["seq"]})
 
     def _lost(self, worker: _Worker) -> None:

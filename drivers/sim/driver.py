@@ -298,7 +298,7 @@ class SimDriver:
         if guest.made < guest.wants:
             return
         if guest.turns:
-            self._say(worker, {"k": "guest_idle", "pid": pid}, keep=True)
+            self._say(worker, {"k": "guest_idle", "pid": pid, "seen": worker.seen}, keep=True)
             return
         guest.stream.close()
         del worker.guests[pid]

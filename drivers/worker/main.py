@@ -28,6 +28,11 @@ CHECKPOINT_S = 60.0
 # A kernel dials its workers at once; after so long none ever will.
 DIALLED_S = 120.0
 
+# How long a service may take to answer, in seconds that the worker is not held for: it waits in
+# pieces, and a hold, however long, costs no more than the piece it falls into.
+CALL_S = 120.0
+CALL_PIECE_S = 1.0
+
 # How long a worker that has ended waits for the kernel to have heard of it.
 LAST_WORDS_S = 5.0
 
@@ -46,6 +51,7 @@ class Worker:
         self.streams: dict[int, Stream] = {}
         self.marks: set[int] = set()
         self.guests: dict[int, str] = {}  # pid -> work folder
+        self.waiting: set[int] = set()  # guests that wait for input
         self.seen = 0
         self.checkpoint_wanted = False
         self.stop_wanted = False
@@ -66,6 +72,8 @@ class Worker:
             "step": self.step,
             "pid": self.pid,
             "guests": list(self.guests),
+            "waiting": list(self.waiting),
+            "seen": self.seen,
         }
 
     # ---- what the program sees (services/programs/base.py: Context) ----
@@ -88,17 +96,22 @@ class Worker:
 
     def guest_idle(self, pid: int) -> None:
         self._flush_marks(pid)
-        self.link.post({"k": "guest_idle", "pid": pid}, keep=True)
+        self.waiting.add(pid)
+        self.link.post({"k": "guest_idle", "pid": pid, "seen": self.seen}, keep=True)
 
     def call(self, method: str, **arguments: Any) -> Any:
         self.calls += 1
         number = self.calls
         self.link.post({"k": "call", "id": number, "method": method, "args": arguments}, keep=True)
+        pieces = round(CALL_S / CALL_PIECE_S)
         while True:
             try:
-                message = self.link.inbox.get(timeout=120.0)
+                message = self.link.inbox.get(timeout=CALL_PIECE_S)
             except queue.Empty:
-                raise TimedOut(f"{method}: no answer in 120 s") from None
+                pieces -= 1
+                if not pieces:
+                    raise TimedOut(f"{method}: no answer in {CALL_S:.0f} s") from None
+                continue
             if message["k"] == "answer" and message["id"] == number:
                 if "error" in message:
                     raise from_wire(message["error"])
@@ -269,6 +282,7 @@ class Worker:
             case "input":
                 self.seen += 1
                 if m["pid"] in self.guests:
+                    self.waiting.discard(m["pid"])
                     self.program.message(self, m["pid"], m["message"])
 
     def admit(self, m: dict[str, Any]) -> None:
@@ -295,6 +309,7 @@ class Worker:
 
     def _close_guest(self, pid: int) -> None:
         self.guests.pop(pid, None)
+        self.waiting.discard(pid)
         stream = self.streams.pop(pid, None)
         if stream is not None:
             stream.close()

@@ -86,8 +86,13 @@ class ModelRegistry(Service):
     ) -> dict[str, Any]:
         """Take a finished folder of this home into the registry under a name: a rename, no copy."""
         source, target = Path(folder), self.folder / _valid_name(name)
+        pid = (made_by or {}).get("pid")
+        made_by_it = (_read_json(target / SIDECAR).get("made_by") or {}).get("pid")
+        is_own = pid is not None and pid == made_by_it  # asked again, after a crash in between
+        if is_own and not source.exists():
+            return _entry(target)
         self._check_source(source, kind)
-        if target.exists() and not overwrite:
+        if target.exists() and not (overwrite or is_own):
             raise BadArgument(
                 f"there is a model {name!r} already", "choose another name, or pass --overwrite"
             )

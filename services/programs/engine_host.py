@@ -79,6 +79,9 @@ class Host:
             self._message(ctx, pid, message)
         except BadArgument as exc:
             ctx.emit("note", pid=pid, text=_one_line(exc))
+        session = self._sessions.get(pid)
+        if isinstance(session, ChatSession) and session.answer is None:
+            ctx.guest_idle(pid)  # whoever sent it took it for work
 
     def _message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
         session = self._sessions.get(pid)

@@ -60,7 +60,8 @@ def start_finetune(ctx: Context, args: Finetune.Args) -> Session:
     """A model that there is, on more text or on answers. Raises BadInput, BadArgument."""
     _set_threads(ctx, args)
     args = with_context(args, load_config(args.model))
-    pairs = lm_data.has_pairs(Path(args.data))
+    # A restored run has its data in tokens already: the file may be gone.
+    pairs = not (ctx.work / "data").is_dir() and lm_data.has_pairs(Path(args.data))
     data = lm_data.prepare(
         ctx.work,
         args.data,

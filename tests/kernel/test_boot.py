@@ -71,6 +71,22 @@ def test_guests_go_on_after_a_boot_in_one_engine_and_paused_ones_stay_paused(fre
     fresh.run(go())
 
 
+def test_guests_that_were_acknowledged_outlive_a_crash_of_the_machine(fresh: Live) -> None:
+    async def go() -> None:
+        await fresh.boot()
+        guests = [await fresh.guest(max_tokens=n) for n in (500, 600)]
+        for pid in guests:
+            await fresh.until(pid, lambda q: q.progress.get("step", 0) >= 1)
+        await fresh.crash()
+        await fresh.boot()
+        for pid in guests:
+            assert (await fresh.wait(pid))["exit_status"] == 0
+        assert fresh.problems == []
+        await fresh.down()
+
+    fresh.run(go())
+
+
 def test_the_table_outlives_a_crash_of_the_kernel(fresh: Live) -> None:
     async def go() -> None:
         await fresh.boot()

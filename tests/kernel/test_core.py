@@ -6,7 +6,7 @@ import pytest
 
 from llmos.kernel import events as ev
 from llmos.kernel.errors import BadArgument, IllegalMove, NoMemory, NoSuchProcess
-from llmos.kernel.process import Class, Residency, State
+from llmos.kernel.process import Class, Process, Residency, State
 from support.toy import Toy
 
 
@@ -225,3 +225,30 @@ def test_the_measured_peak_replaces_the_promise() -> None:
     assert toy.proc(pid).memory.peak_bytes == 1000 * mib
     toy.do(ev.Measured("sim0", {pid: 500 * mib}, 9000 * mib, 0))
     assert toy.proc(pid).memory.promised_bytes == 1164 * mib, "the peak counts, not the moment"
+
+
+def test_who_waits_too_long_for_one_device_does_not_close_another() -> None:
+    toy = Toy(capacity=150, devices=2)
+    toy.submit(steps=100_000, device_wanted="sim1")
+    toy.submit(nbytes=100, device_wanted="sim1")
+    toy.run(61)
+    elsewhere = toy.submit(nbytes=100, device_wanted="sim0")
+    assert toy.state(elsewhere) is State.STARTING
+
+
+def test_a_process_whose_device_went_with_an_earlier_kernel_waits_alone() -> None:
+    toy = Toy()
+    segments = [{"kind": "activations", "bytes": 1, "shared": ""}]
+    lost, too_large, fits = (
+        Process(pid, "spin", {"steps": 1, "step_s": 0.1}, "u", 0, 1.0, state=State.WAITING)
+        for pid in (1, 2, 3)
+    )
+    lost.device_wanted = "sim9"
+    lost.segments, fits.segments = segments, segments
+    too_large.segments = [{**segments[0], "bytes": 10_000}]
+    for proc in (lost, too_large, fits):
+        toy.core.restore(proc)
+    toy.core.resume_all(toy.now)
+    assert (lost.state, lost.reason) == (State.WAITING, "device")
+    assert (too_large.state, too_large.reason) == (State.WAITING, "memory")
+    assert fits.state is State.STARTING, "neither can ever start: nobody waits behind them"

@@ -142,3 +142,52 @@ def test_a_plan_that_fails_takes_the_guests_with_it() -> None:
     toy.do(ev.PlanFailed(50, "broken"))
     assert toy.core.m.procs == {}
     assert toy.core.m.engines == {}
+
+
+def test_input_that_comes_before_its_guest_was_handed_over_follows_it() -> None:
+    toy = Toy()
+    toy.submit(steps=10_000, cls=Class.INTERACTIVE)
+    toy.run(0.5)
+    guest = toy.submit_guest(tokens=3, turns=True, cls=Class.BATCH)
+    toy.do(ev.InputGiven(guest, {"prompt": "first"}))
+    toy.run(0.5)
+    toy.do(ev.InputGiven(guest, {"prompt": "second"}))
+    toy.do(ev.KillAsked(1, 9))
+    toy.run(5)
+    to_guest = [o for o in toy.orders if isinstance(o, ev.Admit | ev.Forward)]
+    assert [type(o) for o in to_guest] == [ev.Admit, ev.Forward, ev.Forward]
+    assert [o.message["prompt"] for o in to_guest[1:]] == ["first", "second"]  # type: ignore[union-attr]
+
+
+def test_a_guest_that_was_idle_before_it_read_its_input_is_not() -> None:
+    toy = Toy()
+    guest = toy.submit_guest(tokens=3, turns=True)
+    toy.run(5)
+    assert toy.proc(guest).reason == "input"
+    toy.do(ev.InputGiven(guest, {"prompt": "x"}))
+    worker = toy.worker(1)
+    toy.do(ev.GuestIdle(worker, guest, seen=1))
+    assert toy.state(guest) is State.RUNNING, "it said so before it had read the input"
+    toy.do(ev.GuestIdle(worker, guest, seen=2))
+    assert toy.proc(guest).reason == "input"
+
+
+def test_a_guest_that_joins_a_planned_engine_is_saved() -> None:
+    toy = Toy()
+    toy.submit_guest(tokens=1000)
+    toy.run(0.5)
+    second = toy.submit_guest(tokens=1000)
+    assert ev.Save(second) in toy.orders
+
+
+def test_what_the_last_step_cost_a_guest_is_saved_too() -> None:
+    toy = Toy()
+    first, guest = toy.submit_guest(tokens=1000), toy.submit_guest(tokens=1000)
+    toy.run(0.5)
+    worker = toy.worker(toy.proc(first).engine_pid)
+    toy.do(ev.ProcessDone(worker, guest, 0, "", {}))
+    before = toy.proc(guest).device_seconds
+    toy.now += 0.01
+    orders = toy.do(ev.Reported(worker, 1, None, {}, {guest: 1.0}))
+    assert toy.proc(guest).device_seconds > before
+    assert ev.Save(guest) in orders

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
+from llmos.drivers.base import WorkerCame
+from llmos.drivers.worker.stream import Stream
 from llmos.kernel import protocol as p
 from llmos.kernel.errors import BadArgument, IllegalMove
 from llmos.kernel.process import Class, Process, Role, State
@@ -204,3 +207,32 @@ async def test_guests_are_processes_of_the_table(live: Live) -> None:
     assert row["worker_id"] == engine.worker_id
     assert live.proc(guest).role is Role.GUEST
     assert engine.pid < guest
+
+
+@in_kernel
+async def test_an_adopted_engine_is_told_whose_clients_are_gone(live: Live) -> None:
+    guest = await live.guest(max_tokens=100_000)
+    await live.until(guest, lambda g: g.progress.get("step", 0) >= 1)
+    worker_id = engine_of(live, guest).worker_id
+    driver: Any = live.kernel.drivers["sim"]
+    inside = driver._workers[worker_id].guests
+    live.kernel.core.m.workers[worker_id].up = False  # as right after a boot
+    gone = 9999  # of a client of the earlier kernel
+    inside[gone] = dataclasses.replace(inside[guest], stream=Stream(live.path / "gone"))
+    hello = {"k": "hello", "loaded": True, "guests": [guest, gone], "waiting": [], "seen": 1}
+    live.kernel.inbox.take(WorkerCame(worker_id, 1, hello, adopted=True))
+    await wait_until(lambda: gone not in inside)
+    assert guest in inside
+    step = live.proc(guest).progress["step"]
+    await live.until(guest, lambda g: g.progress["step"] > step + 3)
+
+
+@in_kernel
+async def test_an_adopted_engine_says_which_guests_wait_for_input(live: Live) -> None:
+    guest = await live.guest(max_tokens=100_000)
+    await live.until(guest, lambda g: g.progress.get("step", 0) >= 1)
+    worker_id = engine_of(live, guest).worker_id
+    live.kernel.core.m.workers[worker_id].up = False
+    hello = {"k": "hello", "loaded": True, "guests": [guest], "waiting": [guest], "seen": 1}
+    live.kernel.inbox.take(WorkerCame(worker_id, 1, hello, adopted=True))
+    assert (live.proc(guest).state, live.proc(guest).reason) == (State.WAITING, "input")

@@ -120,3 +120,17 @@ def test_who_waits_for_growth_is_woken_by_it_and_by_nothing_else() -> None:
         await growth.wait(3, 0.001)  # nobody comes: it ends by itself
 
     asyncio.run(go())
+
+
+def test_who_looks_in_vain_leaves_nothing_behind() -> None:
+    async def go() -> None:
+        growth = Growth()
+        for _ in range(3):
+            await growth.wait(1, 0.001)
+        assert growth._waiting == {}
+        waits = asyncio.ensure_future(growth.wait(1))
+        await asyncio.sleep(0)
+        growth.grown(1)
+        await waits
+
+    asyncio.run(go())

@@ -172,3 +172,12 @@ def test_a_restarted_session_says_that_it_begins_anew(plain: Path, tmp_path: Pat
     run.program.message(run.ctx, 2, {"prompt": "the cat"})
     run.until_idle()
     assert run.ctx.text(2), "a new answer is sent from its first token"
+
+
+def test_a_message_that_makes_no_work_leaves_the_chat_waiting(tmp_path: Path, plain: Path) -> None:
+    """The kernel takes any message for work: it is told that there is none."""
+    run = chat(tmp_path, plain)
+    for message in ({"set": {"temperature": 0.5}}, {"stop": True}, {"what": 1}):
+        before = len(run.ctx.guests_idle)
+        run.program.message(run.ctx, 1, message)
+        assert len(run.ctx.guests_idle) == before + 1, message

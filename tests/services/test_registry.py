@@ -133,3 +133,18 @@ def test_a_crash_in_the_middle_of_a_replacement_loses_no_model(tmp_path: Path) -
     (entry,) = ModelRegistry(tmp_path).ls()
     assert entry["parameters"] == 6, "the new one is in place: the old one is not needed"
     assert not (tmp_path / "models" / ".replaced-m").exists()
+
+
+def test_a_process_that_asks_again_after_a_crash_gets_its_model(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    """The answer, or the process, was lost after the model was in place."""
+    partial = tmp_path / "models" / ".partial-12"
+    registry.register("m", str(write_model(partial)), "causal-lm", MADE_BY)
+    again = registry.register("m", str(partial), "causal-lm", MADE_BY)
+    assert again["folder"] == str(tmp_path / "models" / "m")
+    registry.register("m", str(write_model(partial)), "causal-lm", MADE_BY)
+    assert not partial.exists()
+    other = str(write_model(tmp_path / "models" / ".partial-13"))
+    with pytest.raises(BadArgument, match="already"):
+        registry.register("m", other, "causal-lm", {**MADE_BY, "pid": 13})
