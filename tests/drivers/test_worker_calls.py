@@ -57,7 +57,7 @@ def test_a_call_is_not_acknowledged_before_its_answer(tmp_path: Path) -> None:
     told: list[Any] = []
     sent: list[dict[str, Any]] = []
     driver._tell = told.append
-    driver.send = lambda _, message: sent.append(message)  # type: ignore[method-assign]
+    driver.send = lambda _, message: sent.append(message)  # type: ignore[method-assign,assignment]
     worker = _Worker(WorkerSpec("w1-1", "cpu0", tmp_path, tmp_path / "log", tmp_path), "")
     driver._said(worker, {"k": "loaded", "seq": 1})
     driver._said(worker, {"k": "call", "id": 1, "method": "a.b", "args": {}, "seq": 2})
