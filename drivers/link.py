@@ -26,11 +26,13 @@ class WorkerLink(asyncio.Protocol):
         self._hello, self._said, self._lost = hello, said, lost
         self._unpacker = Unpacker()
         self._transport: asyncio.Transport | None = None
+        self._early: list[bytes] = []  # said before the line was up
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.write(pack({"k": "hello", **self._hello}))
+        transport.write(b"".join([pack({"k": "hello", **self._hello}), *self._early]))
+        self._early.clear()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -48,6 +50,8 @@ class WorkerLink(asyncio.Protocol):
     def send(self, message: dict[str, Any]) -> None:
         if self._transport is not None:
             self._transport.write(pack(message))
+        else:
+            self._early.append(pack(message))
 
     def close(self) -> None:
         if self._transport is not None:

@@ -13,6 +13,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -129,6 +130,9 @@ class Kernel:
         for pid, row in list(self.worker_rows.items()):
             proc = self.core.m.procs[pid]
             if row["device"] not in self.devices:
+                # It would go on beside the one that takes its place, in the same folder.
+                if self.host.started(row["os_pid"]) == row["started"]:
+                    os.killpg(row["os_pid"], signal.SIGKILL)
                 continue
             guests = {g.pid for g in self.core.m.guests_of(pid)}
             self.core.adopt(pid, row["worker_id"], row["device"], guests)

@@ -147,6 +147,9 @@ class CpuDriver:
         worker = self._workers.get(worker_id)
         if worker is None or worker.ended:
             return
+        if worker.stopped and not worker.holding:
+            self._loop.call_soon(self._tell, WorkerHeld(worker_id))  # it is off already
+            return
         worker.holding = worker.stopped = True
         self._kill_group(worker, signals.SIGSTOP)
         self._see_it_stop(worker, self._loop.time() + HOLD_SPIN_S)
