@@ -1,8 +1,8 @@
 """The core: an event goes in, orders come out. No clock, no socket, no torch.
 
 The same code runs live, in tests with plain lists, and in a simulation with virtual time: the
-time of an event is passed in. `lifecycle` says what an event means for a process, `admission`
-who gets memory, `turns` who gets the device.
+time of an event is passed in. `lifecycle`, `asked` and `guests` say what an event means for a
+process, `admission` who gets memory, `turns` who gets the device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llmos.kernel import admission, lifecycle, turns
+from llmos.kernel import admission, asked, guests, lifecycle, turns
 from llmos.kernel.events import (
     CheckpointAsked,
     Checkpointed,
@@ -209,19 +209,19 @@ _HANDLERS: dict[type[Any], Callable[[Machine, Any], None]] = {
     Loaded: lifecycle.loaded,
     Reported: lifecycle.reported,
     WorkerIdle: lifecycle.worker_idle,
-    GuestIdle: lifecycle.guest_idle,
+    GuestIdle: guests.guest_idle,
     ProcessDone: lifecycle.process_done,
     Checkpointed: lifecycle.checkpointed,
     WorkerHeld: lifecycle.worker_held,
     WorkerGone: lifecycle.worker_gone,
     Measured: _measured,
-    KillAsked: lifecycle.kill_asked,
-    PauseAsked: lifecycle.pause_asked,
-    ResumeAsked: lifecycle.resume_asked,
-    ReniceAsked: lifecycle.renice_asked,
-    RestartAsked: lifecycle.restart_asked,
-    CheckpointAsked: lifecycle.checkpoint_asked,
-    InputGiven: lifecycle.input_given,
+    KillAsked: asked.kill_asked,
+    PauseAsked: asked.pause_asked,
+    ResumeAsked: asked.resume_asked,
+    ReniceAsked: asked.renice_asked,
+    RestartAsked: asked.restart_asked,
+    CheckpointAsked: asked.checkpoint_asked,
+    InputGiven: guests.input_given,
     ShutdownAsked: _shutdown,
     Clock: _clock,
 }

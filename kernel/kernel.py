@@ -18,7 +18,6 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from llmos.drivers.base import DeviceInfo, Driver, DriverEvent, WorkerSpec
@@ -30,7 +29,9 @@ from llmos.kernel.errors import LlmosError, TimedOut, from_wire
 from llmos.kernel.home import Home
 from llmos.kernel.journal import Journal
 from llmos.kernel.ledger import SYSTEM_PID
+from llmos.kernel.log import log
 from llmos.kernel.messages import Inbox
+from llmos.kernel.orders import executors
 from llmos.kernel.process import Process, Role, State
 from llmos.kernel.streams import Growth
 
@@ -76,7 +77,7 @@ class Kernel:
         self.plans: dict[int, asyncio.Future[list[dict[str, Any]]]] = {}
         self.planning: dict[int, asyncio.Task[None]] = {}  # engines that are being planned
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._executors = _executors(self)
+        self._executors = executors(self)
         self._loop = asyncio.get_running_loop()
 
     def now(self) -> float:
@@ -136,7 +137,7 @@ class Kernel:
                 continue
             guests = {g.pid for g in self.core.m.guests_of(pid)}
             self.core.adopt(pid, row["worker_id"], row["device"], guests)
-            spec = self._spec(proc, row["worker_id"], row["device"])
+            spec = self.spec_of(proc, row["worker_id"], row["device"])
             self.devices[row["device"]][1].adopt(spec, row["os_pid"], row["started"])
 
     def _revive_engines(self) -> None:
@@ -160,7 +161,7 @@ class Kernel:
 
     async def _revive_engine(self, engine: Process) -> None:
         try:
-            segments = await self.plan(schema_of(self, engine.program), engine)
+            segments = await self.plan(self.schema_of(engine.program), engine)
             if engine.live:
                 self.post(ev.Planned(engine.pid, segments))
         except LlmosError as exc:
@@ -179,7 +180,7 @@ class Kernel:
         while self.core.m.workers:
             if self._loop.time() > deadline:
                 for worker in self.core.m.workers.values():
-                    self._driver_of(worker.worker_id).signal(worker.worker_id, 9)
+                    self.driver_of(worker.worker_id).signal(worker.worker_id, 9)
                 deadline += DRAIN_S
             await self.growth.wait(SYSTEM_PID, 0.2)
         saved = [p for p in self.core.m.procs.values() if p.live and p.checkpoint]
@@ -285,7 +286,7 @@ class Kernel:
 
     def make_engine(self, schema: dict[str, Any], guest: Process, uid: int) -> Process:
         """The process that hosts a guest: its program and arguments follow from the guest's."""
-        engine_schema = schema_of(self, schema["engine"])
+        engine_schema = self.schema_of(schema["engine"])
         args = {f["name"]: f["default"] for f in engine_schema["args"]}
         args |= {name: guest.args[name] for name in schema["engine_args"] if name in guest.args}
         return Process(
@@ -304,6 +305,10 @@ class Kernel:
         self.service_pids[name] = proc.pid
         self.post(ev.Submitted(proc))
         self.post(ev.Planned(proc.pid, []))
+
+    def schema_of(self, program: str) -> dict[str, Any]:
+        schema: dict[str, Any] = self.manifest["programs"][program]
+        return schema
 
     async def plan(self, schema: dict[str, Any], proc: Process) -> list[dict[str, Any]]:
         """Have a driver's planner predict the footprint. Raises what the program raised."""
@@ -329,7 +334,7 @@ class Kernel:
         else:
             future.set_result(segments or [])
 
-    def _spec(self, proc: Process, worker_id: str, device: str) -> WorkerSpec:
+    def spec_of(self, proc: Process, worker_id: str, device: str) -> WorkerSpec:
         work = self.home.work(proc.pid)
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
         service = ""
@@ -340,7 +345,7 @@ class Kernel:
             proc.cwd, proc.env, service,
         )  # fmt: skip
 
-    def _driver_of(self, worker_id: str) -> Driver:
+    def driver_of(self, worker_id: str) -> Driver:
         device = self.core.m.workers[worker_id].device
         driver: Driver = self.devices[device][1] if device else self.host
         return driver
@@ -419,99 +424,8 @@ class Kernel:
         shutil.rmtree(self.home.worker(worker_id), ignore_errors=True)
 
 
-def schema_of(kernel: Kernel, program: str) -> dict[str, Any]:
-    schema: dict[str, Any] = kernel.manifest["programs"][program]
-    return schema
-
-
 def user_name(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return str(uid)
-
-
-def log(text: str) -> None:
-    """A line in kernel.log (the kernel's stderr)."""
-    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-    sys.stderr.flush()
-
-
-def _executors(k: Kernel) -> dict[type[Any], Callable[[Any], None]]:
-    """How each order is carried out."""
-
-    def start(o: ev.StartWorker) -> None:
-        proc = k.core.m.procs[o.pid]
-        # The last words of an earlier attempt are not this one's.
-        (k.home.work(o.pid) / "result.json").unlink(missing_ok=True)
-        k._driver_of(o.worker_id).start(k._spec(proc, o.worker_id, o.device))
-
-    def load(o: ev.Load) -> None:
-        proc = k.core.m.procs[o.pid]
-        info, driver = k.devices[proc.device]
-        driver.send(
-            o.worker_id,
-            {"k": "load", "pid": proc.pid, "program": proc.program, "args": proc.args,
-             "entry": schema_of(k, proc.program)["entry"], "work": str(k.home.work(proc.pid)),
-             "home": str(k.home.path), "device": info.torch_device,
-             "threads": int(proc.args.get("threads") or 0) or info.lanes},
-        )  # fmt: skip
-
-    def admit(o: ev.Admit) -> None:
-        guest = k.core.m.procs[o.pid]
-        work = k.home.work(o.pid)
-        work.mkdir(parents=True, exist_ok=True, mode=0o700)
-        k._driver_of(o.worker_id).send(
-            o.worker_id,
-            {"k": "admit", "pid": o.pid, "program": guest.program, "args": guest.args,
-             "rank": list(guest.rank()), "sent": 0, "parked": guest.state is State.PAUSED,
-             "work": str(work)},
-        )  # fmt: skip
-
-    def rank(o: ev.Rank) -> None:
-        message = {"k": "rank", "pid": o.pid, "rank": list(k.core.m.procs[o.pid].rank())}
-        k._driver_of(o.worker_id).send(o.worker_id, {**message, "parked": o.parked})
-
-    def save(o: ev.Save) -> None:
-        proc = k.core.m.procs[o.pid]
-        # An attached generation is known to its engine and its client only; a service is
-        # made anew at each boot.
-        if proc.role is Role.SERVICE or (proc.role is Role.GUEST and proc.attached and proc.live):
-            return
-        k.journal.save(proc, k.worker_rows.get(proc.pid, {}))
-
-    def forget(o: ev.Forget) -> None:
-        k.journal.forget(o.pid)
-        shutil.rmtree(k.home.work(o.pid), ignore_errors=True)
-        k.wake(o.pid)
-
-    def to(o: Any, message: dict[str, Any]) -> None:
-        k._driver_of(o.worker_id).send(o.worker_id, message)
-
-    return {
-        ev.StartWorker: start,
-        ev.Load: load,
-        ev.Grant: lambda o: k._driver_of(o.worker_id).grant(o.worker_id, o.floor),
-        ev.Hold: lambda o: k._driver_of(o.worker_id).hold(o.worker_id),
-        ev.Stop: lambda o: to(o, {"k": "stop"}),
-        ev.Signal: lambda o: k._driver_of(o.worker_id).signal(o.worker_id, o.signal),
-        ev.AskCheckpoint: lambda o: to(o, {"k": "checkpoint"}),
-        ev.Admit: admit,
-        ev.Drop: lambda o: to(o, {"k": "drop", "pid": o.pid}),
-        ev.Rank: rank,
-        ev.Forward: lambda o: to(o, {"k": "input", "pid": o.pid, "message": o.message}),
-        ev.Save: save,
-        ev.Forget: forget,
-        ev.Changed: lambda o: k.wake(o.pid),
-        ev.WakeAt: lambda o: k.wake_at(o.at),
-        ev.Record: lambda o: k.record(o.what, o.pid, o.why, o.by),
-    }
-
-
-def result_of(work: Path) -> dict[str, Any] | None:
-    """What a program left as its last words, if it came that far."""
-    try:
-        found: dict[str, Any] = json.loads((work / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found

@@ -5,29 +5,17 @@ from __future__ import annotations
 import signal as signals
 
 from llmos.kernel import admission, turns
-from llmos.kernel.errors import BadArgument, IllegalMove
 from llmos.kernel.events import (
-    AskCheckpoint,
     Changed,
-    CheckpointAsked,
     Checkpointed,
-    Drop,
     Forget,
     Grant,
-    GuestIdle,
     Hold,
-    InputGiven,
-    KillAsked,
     Loaded,
-    PauseAsked,
     PlanFailed,
     Planned,
     ProcessDone,
-    Rank,
-    ReniceAsked,
     Reported,
-    RestartAsked,
-    ResumeAsked,
     Signal,
     Submitted,
     WorkerGone,
@@ -35,11 +23,9 @@ from llmos.kernel.events import (
     WorkerIdle,
     WorkerUp,
 )
+from llmos.kernel.guests import join_engine, rest_engine
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import Process, Residency, Role, State
-
-# Signals whose default action ends a process; others would leave `kill` waiting for ever.
-ENDING = frozenset({1, 2, 3, 6, 9, 10, 12, 14, 15})
 
 # A failed process is started again after 1, 2, 4 ... seconds, at most:
 BACKOFF_MAX_S = 30.0
@@ -259,14 +245,14 @@ def _killed(m: Machine, proc: Process, worker: Worker) -> None:
     if not why:
         end(m, proc, 128 + n, f"killed by {signals.Signals(n).name}")
     elif why == "restart":
-        admission.wait_for_memory(m, _to_waiting(m, proc, "restarted by a person"))
+        admission.wait_for_memory(m, to_waiting(m, proc, "restarted by a person"))
     elif proc.role is Role.PROCESS:
         to_be_continued(m, proc, "ended before it had loaded")
     else:
         end(m, proc, 0, why)
 
 
-def _to_waiting(m: Machine, proc: Process, why: str) -> Process:
+def to_waiting(m: Machine, proc: Process, why: str) -> Process:
     m.move(proc, State.WAITING, why)
     return proc
 
@@ -329,188 +315,3 @@ def _end_guests(
         else:
             how = worker.kill_why or describe_status(status)
             end(m, guest, 1, f"the worker of its engine (process {engine.pid}) {how}")
-
-
-# ---- what people ask ----
-
-
-def kill_asked(m: Machine, e: KillAsked) -> None:
-    proc = m.find(e.pid)
-    if e.signal not in ENDING:
-        raise BadArgument(f"signal {e.signal} does not end a process", "TERM, INT and KILL do")
-    if not proc.live:
-        raise IllegalMove(f"process {e.pid} has ended already (status {proc.exit_status})")
-    worker = m.worker_of(proc)
-    if proc.role is Role.GUEST:
-        engine = m.engine_of(proc)
-        worker = m.worker_of(engine) if engine else None
-        end(m, proc, 128 + e.signal, f"killed by {signals.Signals(e.signal).name}")
-        if engine is not None and worker is not None:
-            drop_guest(m, worker, proc.pid)
-            turns.update(m, worker)
-            lease = m.devices[worker.device].lease
-            off = lease is None or lease.worker_id != worker.worker_id
-            if worker.up and off and not turns.runnable_guests(m, engine.pid):
-                rest_engine(m, worker)  # a held engine cannot say that it is idle
-    elif worker is None:
-        for guest in m.guests_of(proc.pid) if proc.role is Role.ENGINE else ():
-            end(m, guest, 1, f"its engine (process {proc.pid}) was killed")
-        end(m, proc, 128 + e.signal, f"killed by {signals.Signals(e.signal).name}")
-    else:
-        worker.kill_signal, worker.kill_why = e.signal, ""
-        m.retire(proc)
-        proc.tell(m.now, "kill", f"signal {e.signal}")
-        m.out.append(Signal(worker.worker_id, e.signal))
-        turns.update(m, worker)
-
-
-def drop_guest(m: Machine, worker: Worker, pid: int) -> None:
-    if pid in worker.admitted:
-        worker.admitted.discard(pid)
-        worker.admits_sent += 1
-        m.out.append(Drop(worker.worker_id, pid))
-
-
-def pause_asked(m: Machine, e: PauseAsked) -> None:
-    proc = m.find(e.pid)
-    if proc.role in (Role.ENGINE, Role.SERVICE):
-        raise IllegalMove(f"process {e.pid} is {proc.role}; pause the processes that use it")
-    if proc.state in (State.EXITED, State.STOPPING, State.NEW, State.PLANNING):
-        raise IllegalMove(f"process {e.pid} is {proc.state} and cannot be paused")
-    if proc.state is State.PAUSED:
-        return
-    m.waiting.pop(proc.pid, None)
-    m.move(proc, State.PAUSED, "a person paused it", "paused by a person")
-    m.save(proc)
-    _tell_rank(m, proc)
-
-
-def resume_asked(m: Machine, e: ResumeAsked) -> None:
-    proc = m.find(e.pid)
-    if proc.state is not State.PAUSED:
-        raise IllegalMove(f"process {e.pid} is {proc.state}, not paused")
-    worker = m.worker_of(proc)
-    if proc.role is Role.GUEST:
-        m.move(
-            proc, State.WAITING, "resumed by a person", "input" if proc.awaits_input else "engine"
-        )
-        join_engine(m, proc)
-        _tell_rank(m, proc)
-    elif worker is not None:
-        m.move(proc, State.READY, "resumed by a person", "device")
-        turns.update(m, worker)
-    else:
-        m.move(proc, State.WAITING, "resumed by a person")
-        admission.wait_for_memory(m, proc)
-    m.save(proc)
-
-
-def renice_asked(m: Machine, e: ReniceAsked) -> None:
-    proc = m.find(e.pid)
-    if not -20 <= e.nice <= 19:
-        raise BadArgument(f"nice is -20 to 19, not {e.nice}", "lower is more important")
-    if not proc.live:
-        raise IllegalMove(f"process {e.pid} has ended already")
-    proc.nice = e.nice
-    proc.tell(m.now, "renice", str(e.nice))
-    m.save(proc)
-    _tell_rank(m, proc)
-
-
-def _tell_rank(m: Machine, proc: Process) -> None:
-    """A rank changed: the device's queue or the engine has to know."""
-    worker = m.worker_of(proc)
-    if proc.role is Role.GUEST:
-        engine = m.engine_of(proc)
-        worker = m.worker_of(engine) if engine else None
-        if worker is not None and proc.pid in worker.admitted:
-            m.out.append(Rank(worker.worker_id, proc.pid, proc.state is State.PAUSED))
-    if worker is not None:
-        turns.update(m, worker)
-
-
-def restart_asked(m: Machine, e: RestartAsked) -> None:
-    proc = m.find(e.pid)
-    proc.restarts = 0
-    worker = m.worker_of(proc)
-    if worker is not None:
-        worker.kill_signal, worker.kill_why = 15, "restart"
-        m.out.append(Signal(worker.worker_id, 15))
-    elif proc.state is State.BACKOFF:
-        admission.wait_for_memory(m, _to_waiting(m, proc, "restarted by a person"))
-    else:
-        raise IllegalMove(f"process {e.pid} is {proc.state} and cannot be restarted")
-
-
-def checkpoint_asked(m: Machine, e: CheckpointAsked) -> None:
-    proc = m.find(e.pid)
-    worker = m.worker_of(proc)
-    if not proc.has_checkpoint:
-        raise IllegalMove(f"process {e.pid} ({proc.program}) has no checkpoints")
-    if worker is None or not worker.loaded or proc.state is State.PAUSED or worker.done:
-        raise IllegalMove(f"process {e.pid} is {proc.state} and cannot checkpoint now")
-    m.out.append(AskCheckpoint(worker.worker_id))
-
-
-# ---- guests ----
-
-
-def join_engine(m: Machine, guest: Process) -> None:
-    """A guest waits for its engine; once the engine is up it is runnable."""
-    engine = m.engine_of(guest)
-    worker = m.worker_of(engine) if engine else None
-    if engine is None or worker is None or not worker.up:
-        return
-    guest.device = engine.device
-    guest.residency = Residency.DEVICE
-    if guest.state is State.WAITING and guest.reason == "engine":
-        m.move(guest, State.READY, f"joins engine {engine.pid}", "device")
-        if engine.state is State.WAITING:
-            m.move(engine, State.READY, "a guest came", "device")
-    turns.update(m, worker)
-
-
-def guest_idle(m: Machine, e: GuestIdle) -> None:
-    guest = m.procs.get(e.pid)
-    if guest is None:
-        return
-    worker = m.workers[e.worker_id]
-    if e.seen is not None and e.seen < worker.inputs_sent.get(e.pid, 0):
-        return  # it had not read the newest input when it said so
-    guest.awaits_input = True
-    if guest.state not in (State.READY, State.RUNNING, State.PREEMPTED):
-        return  # paused in the meantime, or gone
-    m.move(guest, State.WAITING, "waits for input", "input")
-    turns.update(m, worker)
-
-
-def input_given(m: Machine, e: InputGiven) -> None:
-    proc = m.find(e.pid)
-    engine = m.engine_of(proc) if proc.role is Role.GUEST else None
-    worker = m.worker_of(engine) if engine else None
-    if proc.role is not Role.GUEST or not proc.live:
-        raise IllegalMove(f"process {e.pid} takes no input")
-    if worker is None or e.pid not in worker.admitted:
-        # The engine does not know it yet: it gets the input right after the guest.
-        m.early_input.setdefault(e.pid, []).append(e.message)
-        return
-    turns.forward(m, worker, e.pid, e.message)
-    proc.awaits_input = False
-    if proc.state is State.WAITING and proc.reason == "input":
-        m.move(proc, State.READY, "has input", "device")
-    if engine is not None and engine.state is State.WAITING:
-        m.move(engine, State.READY, "a guest has input", "device")
-    turns.update(m, worker)
-
-
-def rest_engine(m: Machine, worker: Worker) -> None:
-    """An engine without a runnable guest keeps its model for a while, then leaves."""
-    proc = m.procs[worker.pid]
-    if proc.state in (State.READY, State.RUNNING, State.PREEMPTED):
-        m.move(proc, State.WAITING, "idle: keeps the model loaded", "idle")
-    if m.guests_of(proc.pid):
-        return  # a chat between turns or a paused guest: it stays
-    worker.idle_since = m.now
-    keep = float(proc.args.get("keep_alive_s", 300.0))
-    if keep >= 0:
-        m.wake_at(m.now + keep)

@@ -19,7 +19,8 @@ from pathlib import Path
 from llmos.kernel import config
 from llmos.kernel.errors import Busy, LlmosError
 from llmos.kernel.home import Home
-from llmos.kernel.kernel import Kernel, log
+from llmos.kernel.kernel import Kernel
+from llmos.kernel.log import log
 from llmos.kernel.server import listen
 
 _PR_SET_CHILD_SUBREAPER = 36

@@ -5,6 +5,8 @@ A worker is not trusted to be right: a message that makes no sense is logged and
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmos.drivers.base import (
@@ -17,6 +19,7 @@ from llmos.drivers.base import (
 )
 from llmos.kernel import events as ev
 from llmos.kernel.errors import LlmosError
+from llmos.kernel.log import log
 from llmos.kernel.process import Role
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ class Inbox:
         worker = k.core.m.workers[e.worker_id]
         if worker.up:
             return  # the line was broken and mended: nothing has changed
-        driver = k._driver_of(e.worker_id)
+        driver = k.driver_of(e.worker_id)
         proc = k.core.m.procs[worker.pid]
         if proc.role is not Role.SERVICE:
             k.worker_rows[proc.pid] = {
@@ -75,7 +78,6 @@ class Inbox:
         k.carry_out([ev.Save(proc.pid)])
 
     def _ended(self, e: WorkerEnded) -> None:
-        from llmos.kernel.kernel import result_of
 
         k = self._k
         worker = k.core.m.workers[e.worker_id]
@@ -102,8 +104,6 @@ class Inbox:
         try:
             self._understand(e.worker_id, e.message)
         except (KeyError, TypeError, ValueError, LlmosError) as exc:
-            from llmos.kernel.kernel import log
-
             log(f"worker {e.worker_id} said what makes no sense: {exc!r} in {str(e.message)[:200]}")
 
     def _understand(self, worker_id: str, m: dict[str, Any]) -> None:
@@ -145,4 +145,13 @@ class Inbox:
         except LlmosError as exc:
             answer = {"error": exc.to_wire()}
         if worker_id in k.core.m.workers:
-            k._driver_of(worker_id).send(worker_id, {"k": "answer", "id": m["id"], **answer})
+            k.driver_of(worker_id).send(worker_id, {"k": "answer", "id": m["id"], **answer})
+
+
+def result_of(work: Path) -> dict[str, Any] | None:
+    """What a program left as its last words, if it came that far."""
+    try:
+        found: dict[str, Any] = json.loads((work / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found

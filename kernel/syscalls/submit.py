@@ -15,7 +15,7 @@ from llmos.kernel import admission, arguments, protocol
 from llmos.kernel import events as ev
 from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument, Busy, LlmosError, NoSuchThing
-from llmos.kernel.kernel import Kernel, schema_of, user_name
+from llmos.kernel.kernel import Kernel, user_name
 from llmos.kernel.process import CLASSES, Process, Role
 
 RESTARTS = ("no", "on-failure", "always")
@@ -64,7 +64,7 @@ async def _submit_guest(
     engine = kernel.make_engine(schema, proc, proc.uid)
     proc.pid = kernel.take_pid()  # an engine is older than its guests
     _enter(kernel, proc, client, engine)
-    await _plan(kernel, schema_of(kernel, engine.program), engine)
+    await _plan(kernel, kernel.schema_of(engine.program), engine)
 
 
 async def _plan(kernel: Kernel, schema: dict[str, Any], proc: Process) -> None:
@@ -90,7 +90,7 @@ async def _dry_run(kernel: Kernel, schema: dict[str, Any], proc: Process) -> dic
     planned = schema
     if proc.role is Role.GUEST:
         proc = kernel.make_engine(schema, proc, proc.uid)
-        planned = schema_of(kernel, proc.program)
+        planned = kernel.schema_of(proc.program)
     proc.segments = await kernel.plan(planned, proc)
     admission.refuse_what_never_fits(kernel.core.m, proc)
     ledger = kernel.core.m.ledger
