@@ -33,6 +33,12 @@ def kill_asked(m: Machine, e: KillAsked) -> None:
         raise BadArgument(f"signal {e.signal} does not end a process", "TERM, INT and KILL do")
     if not proc.live:
         raise IllegalMove(f"process {e.pid} has ended already (status {proc.exit_status})")
+    if proc.role is Role.SERVICE:
+        # Trainings that end call it: without it their results would be lost.
+        raise IllegalMove(
+            f"process {e.pid} is the service {proc.name!r}; others need it",
+            f"`llmos service restart {proc.name}` makes it anew",
+        )
     worker = m.worker_of(proc)
     if proc.role is Role.GUEST:
         engine = m.engine_of(proc)

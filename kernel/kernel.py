@@ -291,7 +291,7 @@ class Kernel:
         args |= {name: guest.args[name] for name in schema["engine_args"] if name in guest.args}
         return Process(
             pid=self.take_pid(), program=schema["engine"], args=args, user=user_name(uid), uid=uid,
-            submitted_at=self.now(), name=os.path.basename(str(args.get("model") or guest.name)),
+            submitted_at=self.now(), name=engine_name(str(args.get("model", "")), guest.name),
             role=Role.ENGINE, device_wanted=guest.device_wanted, engine_key=guest.engine_key,
             cls=guest.cls, cwd=guest.cwd,
         )  # fmt: skip
@@ -377,6 +377,8 @@ class Kernel:
         while True:
             await self.measure()
             # Reading the pages of a large process takes milliseconds: less often when idle.
+            for queue in self.core.m.devices.values():
+                queue.load(self.now())  # keeps its marks, so that the first who asks is told
             working = any(q.lease is not None for q in self.core.m.devices.values())
             await asyncio.sleep(self.config.measure_s * (1 if working else IDLE_MEASURE))
 
@@ -422,6 +424,14 @@ class Kernel:
 
     def clean_worker(self, worker_id: str) -> None:
         shutil.rmtree(self.home.worker(worker_id), ignore_errors=True)
+
+
+def engine_name(model: str, asked: str) -> str:
+    """How people call a model: its folder's name; a model in the making as `name@step`."""
+    folder, _, last = model.rstrip("/").rpartition("/")
+    if not folder.endswith("/checkpoints"):
+        return last or asked
+    return f"{asked}@{int(last.removeprefix('step-'))}"
 
 
 def user_name(uid: int) -> str:

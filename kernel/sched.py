@@ -34,6 +34,7 @@ class Lease:
     charged_until: float
     slice_ends_at: float
     holding: str = ""  # why it is being taken away; empty while it is not
+    taken_by: int = 0  # the pid it is taken for
     leaves: str = ""  # "yielding": it will say idle by itself; "leaving": it is about to exit
 
 

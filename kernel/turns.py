@@ -91,6 +91,7 @@ def decide(m: Machine, device: str) -> None:
             _grant(m, worker)
         else:
             m.out.append(Hold(worker.worker_id))
+            queue.lease.taken_by = m.workers[decision.by].pid if decision.by else 0  # type: ignore[union-attr]
             if decision.why == "preempted":
                 _note_preemption(m, worker, m.workers[decision.by])
     wake = queue.wake_at()
@@ -167,14 +168,16 @@ def held(m: Machine, worker: Worker) -> None:
     """The driver says: the worker is off the device."""
     queue = m.devices[worker.device]
     charge(m, worker.device)
-    why = queue.lease.holding if queue.lease and queue.lease.worker_id == worker.worker_id else ""
+    lease = queue.lease if queue.lease and queue.lease.worker_id == worker.worker_id else None
+    why = lease.holding if lease else ""
+    by = f", for process {lease.taken_by}" if lease and lease.taken_by else ""
     queue.released(worker.worker_id)
     proc = m.procs[worker.pid]
     affected = [*_occupants(m, worker), *([proc] if proc.role is Role.ENGINE else [])]
     for p in affected:
         if p.state is State.RUNNING:
             to = State.PREEMPTED if why == "preempted" else State.READY
-            m.move(p, to, why or "held", "device")
+            m.move(p, to, (why or "held") + by, "device")
     m.out.append(Changed(worker.pid))  # a pause waits for the device, not for a state
     m.record("held", worker.pid, why)
 

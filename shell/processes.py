@@ -69,5 +69,11 @@ def progress(p: Record) -> str:
 
 
 def find_pid(client: Client, word: str) -> int:
-    """The pid that a word means: a number, or the name of a live process."""
-    return int(word) if word.isdigit() else pid_of(client.ps(), word)
+    """The pid that a word means: a number, or a name; of ended processes the last one's."""
+    if word.isdigit():
+        return int(word)
+    live = client.ps()
+    if any(p["name"] == word for p in live):
+        return pid_of(live, word)
+    ended = [p for p in client.ps(all=True) if p["name"] == word]
+    return pid_of(ended[-1:], word)

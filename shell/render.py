@@ -5,6 +5,7 @@ Knows no process and no device; what belongs to a column is decided by who calls
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,6 +125,8 @@ def ago(at: float | None, now: float) -> str:
 def count(n: float) -> str:
     """A number of things: 950, 15.2k, 1.1B."""
     value = float(n)
+    if not math.isfinite(value):
+        return str(value)
     for unit in ("", "k", "M", "B"):
         if abs(value) < 999.5:
             return f"{value:.0f}{unit}" if unit == "" or value >= 99.5 else f"{value:.1f}{unit}"
@@ -133,6 +136,8 @@ def count(n: float) -> str:
 
 def number(value: float) -> str:
     """A metric: four significant digits, no noise."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"

@@ -139,12 +139,16 @@ class Repl:
             del self.jobs[pid]
 
 
+def say_booted(ctx: Context, status: Record) -> None:
+    ctx.say(f"booted a kernel: pid {status['kernel']['os_pid']}, home {ctx.home.path}")
+
+
 def start(ctx: Context) -> int:
     """Bare `llmos`: boot a kernel if none runs, then read lines until the end."""
     launch = None if running(ctx.home) else Launch(ctx.home)
     if not sys.stdin.isatty():
         if launch is not None:
-            launch.wait()
+            say_booted(ctx, launch.wait())
         return run_script(Repl(ctx))
     # The kernel boots while prompt_toolkit is imported.
     from llmos.shell.poller import Poller
@@ -152,8 +156,7 @@ def start(ctx: Context) -> int:
     poller = Poller(ctx.home)
     session = make_session(ctx, poller)
     if launch is not None:
-        status = launch.wait()
-        ctx.say(f"booted a kernel: pid {status['kernel']['os_pid']}, home {ctx.home.path}")
+        say_booted(ctx, launch.wait())
     poller.start()
     repl = Repl(ctx, after=poller.refresh)
     ctx.say(WELCOME.format(version=_version()))

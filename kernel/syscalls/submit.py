@@ -16,7 +16,8 @@ from llmos.kernel import events as ev
 from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument, Busy, LlmosError, NoSuchThing
 from llmos.kernel.kernel import Kernel, user_name
-from llmos.kernel.process import CLASSES, Process, Role
+from llmos.kernel.process import CLASSES, RUNNABLE, Process, Role
+from llmos.kernel.syscalls import checkpoint
 
 RESTARTS = ("no", "on-failure", "always")
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -27,6 +28,7 @@ async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -
     if kernel.core.m.shutting_down:
         raise Busy("the kernel shuts down", "boot it again, then submit")
     schema = _schema(kernel, request.program)
+    await _first_checkpoints(kernel, schema, request, client)
     args = arguments.check(schema, request.args, request.cwd, lambda m: _model(kernel, m))
     _check_output(kernel, schema, args)
     proc = _process(kernel, request, schema, args, client.uid)
@@ -39,6 +41,22 @@ async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -
         await _plan(kernel, schema, proc)
     await kernel.journal.flushed()
     return {"pid": proc.pid}
+
+
+async def _first_checkpoints(
+    kernel: Kernel, schema: dict[str, Any], request: protocol.Submit, client: Connection
+) -> None:
+    """Who asks for a model in the making gets it as it stands, also in its first minute."""
+    for f in schema["args"]:
+        ref = request.args.get(f["name"])
+        if not f.get("model") or not isinstance(ref, str) or (kernel.home.models / ref).exists():
+            continue
+        for proc in list(kernel.core.m.procs.values()):
+            worker = kernel.core.m.worker_of(proc)
+            if proc.args.get("out") != ref or proc.checkpoint is not None or worker is None:
+                continue
+            if proc.has_checkpoint and proc.state in RUNNABLE and worker.loaded:
+                await checkpoint.handle(kernel, protocol.Checkpoint(proc.pid), client)
 
 
 def _enter(

@@ -23,6 +23,7 @@ PIECE_BYTES = 1 << 20
 PAIRS = (
     ("prompt", "answer"),
     ("prompt", "completion"),
+    ("prompt", "response"),
     ("question", "answer"),
     ("instruction", "output"),
 )

@@ -7,12 +7,14 @@ Here are its schema and the order of a run. The networks are in `gan_nets`, one 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmos.kernel.errors import BadInput
 from llmos.services.programs.base import Context, Done, Footprint, Program, Report, arg
 
 if TYPE_CHECKING:
@@ -115,6 +117,11 @@ class Gan(Program):
         if step % METRICS_EVERY == 0 or not self._metrics:
             names = ("discriminator_loss", "generator_loss")
             self._metrics = {n: float(loss) for n, loss in zip(names, losses, strict=True)}
+            if not all(map(math.isfinite, self._metrics.values())):
+                raise BadInput(
+                    f"the training diverged: a loss is not finite at step {step}",
+                    f"lower --lr (it is {self.args.lr:g})",
+                )
         if step % self._sample_every == 0:
             self._sample(ctx)
         return Report(step, self._steps or None, dict(self._metrics))

@@ -83,6 +83,11 @@ class Session:
         indices = self.order.take(self.args.batch * self.args.accumulate)
         measured = self.loop.train(self.data.training, indices, progress)
         step = self.place.step + 1
+        if not math.isfinite(measured.loss):
+            raise BadInput(
+                f"the training diverged: the loss is {measured.loss} at step {step}",
+                f"lower --lr (it is {self.args.lr:g}), or clip gradients harder (--grad-clip)",
+            )
         self._tick()
         self.place = replace(self.place, step=step)
         ended = self._progress(step) >= 1.0
@@ -113,7 +118,9 @@ class Session:
         metrics = self._evaluation()
         if self.place.evaluated == len(self._held_out):
             self._end_validation(metrics)
-        return Report(self.place.step, self._expected_steps(), metrics)
+        # Not under the names of the training's own: a curve of the loss must stay one.
+        held_out = {f"val_{name}": value for name, value in metrics.items()}
+        return Report(self.place.step, self._expected_steps(), held_out)
 
     def _end_validation(self, metrics: dict[str, float]) -> None:
         ended = self._progress(self.place.step) >= 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -279,7 +280,9 @@ class Demo:
         self.say(f"[{self.elapsed():5.1f} s] {text}")
 
     def say(self, text: str) -> None:
-        self.ctx.print(text)
+        indent = text[: len(text) - len(text.lstrip())]
+        wrapped = textwrap.wrap(text, self.ctx.width, subsequent_indent=indent + "  ")
+        self.ctx.lines(wrapped or [""])
 
 
 def grouped(preemptions: list[Record]) -> list[tuple[int, list[int]]]:
