@@ -52,14 +52,16 @@ def test_the_same_seed_gives_the_same_text(llmos: Machine) -> None:
 
 
 def test_a_training_that_was_preempted_ends_with_the_same_bits(llmos: Machine) -> None:
-    undisturbed = llmos.pretrain("calm", 150)
+    undisturbed = llmos.pretrain("calm", 1000)
     llmos.ok("wait", str(undisturbed))
-    disturbed = llmos.pretrain("stormy", 150)
-    for n in range(3):
-        llmos.ok("run", "tiny", "The blue", "--max-tokens", "5", "--seed", str(n))
+    disturbed = llmos.pretrain("stormy", 1000)
+    while not (llmos.process(disturbed)["progress"] or {}).get("step"):
+        pass
     llmos.ok("pause", str(disturbed))
     assert llmos.process(disturbed)["state"] == "paused"
     llmos.ok("resume", str(disturbed))
+    for n in range(2):
+        llmos.ok("run", "tiny", "The blue", "--max-tokens", "5", "--seed", str(n))
     llmos.ok("wait", str(disturbed))
     assert llmos.weights("calm") == llmos.weights("stormy")
     # The runs must have met: else this test shows nothing.
@@ -93,21 +95,22 @@ def test_a_model_is_fine_tuned_on_answers(llmos: Machine, method: str) -> None:
 
 def test_shutdown_and_boot_go_on_to_the_same_bits(fresh: Machine) -> None:
     fresh.ok("boot")
-    fresh.ok("wait", str(fresh.pretrain("straight", 200)))
-    pid = fresh.pretrain("broken", 200)
-    stream = fresh("attach", str(pid), "--help")
-    assert stream.returncode == 0
+    fresh.ok("wait", str(fresh.pretrain("straight", 1000)))
+    resting = fresh.pretrain("resting", 100_000)
+    fresh.ok("pause", str(resting))
+    pid = fresh.pretrain("broken", 1000)
     while not (fresh.process(pid)["progress"] or {}).get("step"):
         pass
-    paused = fresh.pretrain("resting", 200)
-    fresh.ok("pause", str(paused))
     fresh.ok("shutdown")
     assert not (fresh.home / "kernel.sock").exists()
     fresh.ok("boot")
-    assert fresh.process(paused)["state"] == "paused"
+    assert fresh.process(resting)["state"] == "paused"
     fresh.ok("wait", str(pid))
-    assert fresh.process(pid)["exit_status"] == 0
     assert fresh.weights("straight") == fresh.weights("broken")
+    # It must have been in the middle: else this test shows nothing.
+    story = [line["what"] for line in fresh.json("explain", str(pid))["story"]]
+    assert "stopping" in story
+    assert story.count("loaded") == 2
 
 
 def test_the_books_add_up_and_agree_with_the_system(llmos: Machine) -> None:
@@ -198,3 +201,28 @@ def test_a_second_boot_says_so_and_does_no_harm(llmos: Machine) -> None:
     done = llmos("boot")
     assert str(before) in done.stderr + done.stdout
     assert llmos.json("status")["kernel"]["os_pid"] == before
+
+
+def test_a_training_that_diverges_says_so_and_makes_no_model(llmos: Machine) -> None:
+    pid = llmos.pretrain("wild", 50, "--lr", "1e9")
+    assert llmos("wait", str(pid)).returncode == 1
+    assert "diverged" in llmos.process(pid)["reason"]
+    assert not (llmos.home / "models" / "wild").exists()
+
+
+def test_a_model_in_the_making_answers_before_its_first_checkpoint(llmos: Machine) -> None:
+    pid = llmos.pretrain("early", 100_000)
+    while not (llmos.process(pid)["progress"] or {}).get("step"):
+        pass
+    assert llmos.process(pid)["checkpoint"] is None
+    assert llmos("run", "early", "The", "--max-tokens", "3").returncode == 0
+    assert llmos.process(pid)["checkpoint"]["step"] > 0
+    llmos.ok("kill", str(pid))
+
+
+def test_a_service_is_restarted_and_not_killed(llmos: Machine) -> None:
+    (service,) = llmos.json("service", "ls")
+    assert "llmos service restart models" in wrong(llmos, "kill", str(service["pid"]))
+    llmos.ok("service", "restart", "models")
+    assert llmos.json("service", "ls")[0]["os_pid"] != service["os_pid"]
+    assert "tiny" in llmos.ok("models")
