@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmos.kernel import protocol
 from llmos.kernel.errors import KernelBug, LlmosError, ProtocolError
 from llmos.kernel.syscalls import HANDLERS
-from llmos.kernel.wire import Unpacker, pack
+from llmos.kernel.wire import Unpacker, packer
 
 if TYPE_CHECKING:
     from llmos.kernel.kernel import Kernel
@@ -27,6 +27,12 @@ HIGH_WATER_BYTES = 1 << 20
 
 # Requests of one client that may be open at a time; more wait in its socket.
 MAX_OPEN_REQUESTS = 256
+
+
+# Answers that are there at once; looking whether they can be awaited would cost as much again.
+_PLAIN = frozenset({dict, list})
+
+pack = packer()  # the server runs in one thread
 
 
 class Client(asyncio.Protocol):
@@ -96,7 +102,9 @@ class Client(asyncio.Protocol):
         except LlmosError as exc:
             self._reply({"id": number, "error": exc.to_wire()})
             return
-        if isinstance(answer, Awaitable):
+        if answer is None or type(answer) in _PLAIN:
+            self._reply({"id": number, "ok": answer})
+        elif isinstance(answer, Awaitable):
             self._later(number, self._await(number, answer))
         elif isinstance(answer, AsyncIterator):
             self._later(number, self._stream(number, answer))

@@ -7,7 +7,7 @@ workers, kernel and services. Knows nothing about what is inside.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgpack
@@ -28,6 +28,20 @@ def pack(value: Any) -> bytes:
     if len(body) > MAX_FRAME_BYTES:
         raise ProtocolError(f"a message of {len(body):,} bytes is above {MAX_FRAME_BYTES:,}")
     return bytes(_HEADER.pack(len(body)) + body)
+
+
+def packer() -> Callable[[Any], bytes]:
+    """A `pack` that is twice as fast, for one thread: it keeps its buffer between calls."""
+    to_bytes = msgpack.Packer(use_bin_type=True).pack
+    header = _HEADER.pack
+
+    def fast(value: Any) -> bytes:
+        body: bytes = to_bytes(value)
+        if len(body) > MAX_FRAME_BYTES:
+            raise ProtocolError(f"a message of {len(body):,} bytes is above {MAX_FRAME_BYTES:,}")
+        return header(len(body)) + body
+
+    return fast
 
 
 def unpack(body: bytes | memoryview) -> Any:
