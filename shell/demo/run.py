@@ -145,16 +145,17 @@ class Demo:
         self.print_preemptions()
 
     def goodbye(self) -> None:
-        where = f"LLMOS_HOME={self.home.path}"
         self.head(f"Done in {self.elapsed():.0f} s. To go on from here:")
         self.ctx.lines(
             (
-                f"  {where} llmos                        the interactive shell on this home",
-                f"  {where} llmos boot                   then, for instance:",
-                f'  {where} llmos run answers "What does heapq.merge do?"',
-                f"  {where} llmos chat answers",
-                "  llmos pretrain YOUR.txt --out mine    the same with your own text",
-                "  llmos demo --clean                    removes the home of the demo",
+                f"  LLMOS_HOME={self.home.path} llmos",
+                "                            the interactive shell on this home; in it:",
+                '      run answers "What does heapq.merge do?"',
+                "      chat answers",
+                "      models",
+                "  llmos pretrain YOUR.txt --out mine",
+                "                            the same with your own text, in your own home",
+                "  llmos demo --clean        removes the home of the demo",
             )
         )
 
