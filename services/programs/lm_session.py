@@ -67,6 +67,7 @@ class Session:
         self.made_by = made_by
         self.order = Order(len(data.training), args.seed)
         self.place = Place()
+        self._trained: dict[str, float] = {}  # the metrics of the last step
         self._held_out = _spread(data.validation, EVALUATION_TOKENS // args.context)
         self._clock: float | None = None
 
@@ -99,6 +100,7 @@ class Session:
             "tokens_per_s": measured.tokens_per_s,
             "lr": measured.lr,
         }
+        self._trained = metrics
         return Report(step, self._expected_steps(), metrics)
 
     def _validate(self) -> Report:
@@ -118,9 +120,9 @@ class Session:
         metrics = self._evaluation()
         if self.place.evaluated == len(self._held_out):
             self._end_validation(metrics)
-        # Not under the names of the training's own: a curve of the loss must stay one.
+        # Beside the step's own, under names of their own: a curve of the loss must stay one.
         held_out = {f"val_{name}": value for name, value in metrics.items()}
-        return Report(self.place.step, self._expected_steps(), held_out)
+        return Report(self.place.step, self._expected_steps(), {**self._trained, **held_out})
 
     def _end_validation(self, metrics: dict[str, float]) -> None:
         ended = self._progress(self.place.step) >= 1.0
