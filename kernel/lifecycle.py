@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal as signals
 
 from llmos.kernel import admission, turns
+from llmos.kernel.errors import NoMemory
 from llmos.kernel.events import (
     Changed,
     Checkpointed,
@@ -60,7 +61,7 @@ def planned(m: Machine, e: Planned) -> None:
     if proc.role is not Role.SERVICE:
         try:
             admission.refuse_what_never_fits(m, proc)
-        except Exception:
+        except NoMemory:
             plan_failed(m, PlanFailed(e.pid, "does not fit"))
             raise
     m.move(proc, State.WAITING, "planned", "memory")
