@@ -70,7 +70,6 @@ class _Worker:
     guests: dict[int, _Guest] = field(default_factory=dict)
     seen: int = 0
     floor: int = 2
-    idle: bool = False
     want_checkpoint: bool = False
     want_stop: bool = False
     inbox: list[dict[str, Any]] = field(default_factory=list)
@@ -251,11 +250,8 @@ class SimDriver:
 
     def _work(self, worker: _Worker) -> None:
         if worker.engine and not self._runnable(worker):
-            if not worker.idle:
-                worker.idle = True
             self._say(worker, {"k": "idle", "seen": worker.seen})
             return
-        worker.idle = False
         if not worker.left_s:
             worker.left_s = float(worker.args.get("busy_ms", 5.0)) / 1000
         worker.began = self._loop.time()

@@ -50,7 +50,7 @@ class Worker:
         self.step = 0
         self.streams: dict[int, Stream] = {}
         self.marks: set[int] = set()
-        self.guests: dict[int, str] = {}  # pid -> work folder
+        self.guests: set[int] = set()
         self.waiting: set[int] = set()  # guests that wait for input
         self.seen = 0
         self.checkpoint_wanted = False
@@ -290,7 +290,7 @@ class Worker:
         pid, work = m["pid"], Path(m["work"])
         _, records = whole_records(work / "stream")
         sent = sum(len(r.get("tokens", ())) for r in records if r["kind"] == "text")
-        self.guests[pid] = str(work)
+        self.guests.add(pid)
         self.streams[pid] = Stream(work / "stream")
         guest = self.program.guest_type(
             pid, m["program"], m["args"], tuple(m["rank"]), sent, m["parked"]
@@ -308,7 +308,7 @@ class Worker:
         self.link.post({**done, "result": result}, keep=True)
 
     def _close_guest(self, pid: int) -> None:
-        self.guests.pop(pid, None)
+        self.guests.discard(pid)
         self.waiting.discard(pid)
         stream = self.streams.pop(pid, None)
         if stream is not None:
