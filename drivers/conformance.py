@@ -2,8 +2,8 @@
 
     asyncio.run(check_driver(CpuDriver([]), home, entry="llmos.services.programs.spin:Spin"))
 
-The program behind `entry` takes steps, busy_ms, memory_bytes and has checkpoints (the one that
-llmos ships is `spin`). Raises AssertionError with what was broken; returns what was checked.
+The program behind `entry` takes steps, busy_ms, memory_bytes, grow_bytes and has checkpoints: the
+`spin` that llmos ships. Raises AssertionError with what was broken; returns what was checked.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from llmos.drivers.base import (
 # Generous: a conformance run must not fail because the machine is busy.
 LIMIT_S = 60.0
 MIB = 1024**2
+
+# How far beyond its promise a process may get before a driver's wall stops it.
+WALL_SLACK = 1024 * MIB
 
 # How long a held worker is watched for doing anything.
 QUIET_S = 0.15
@@ -202,6 +205,31 @@ async def memory_is_measured_and_comes_back(b: _Bench) -> None:
     assert worker not in after.workers
 
 
+async def a_promise_is_a_wall(b: _Bench) -> None:
+    """A program that grows beyond it ends by itself and says so; one within it notices nothing."""
+    device, promised, grows = b.driver.devices()[0].name, 512 * MIB, 32 * MIB
+    worker, _ = await b.start(steps=0, busy_ms=1.0, memory_bytes=64 * MIB, grow_bytes=grows)
+    b.driver.limit(worker, promised)
+    await b.until_said(worker, "loaded")
+    await b.driver.measure(device, [])
+    b.driver.grant(worker, 2)
+    assert await b.until_ended(worker) == 1
+    done = b.said(worker, "done")[-1]
+    assert done["result"]["error"]["code"] == "out-of-memory", done
+    within = (promised - 64 * MIB) // grows
+    assert len(b.said(worker, "report")) >= within - 1, "the wall stood inside of the promise"
+    assert done["result"]["memory"]["peak_bytes"] <= promised + WALL_SLACK
+    assert done["result"]["memory"]["promised_bytes"] == promised
+
+
+async def a_limit_can_be_raised(b: _Bench) -> None:
+    worker, _ = await b.start(steps=40, busy_ms=1.0, grow_bytes=16 * MIB)
+    b.driver.limit(worker, 64 * MIB)
+    b.driver.limit(worker, 1024 * MIB)
+    b.driver.grant(worker, 2)
+    assert await b.until_ended(worker) == 0
+
+
 async def stop_writes_a_checkpoint_and_a_new_worker_goes_on_from_it(b: _Bench) -> None:
     worker, work = await b.start(steps=10_000, busy_ms=1.0)
     b.driver.grant(worker, 2)
@@ -233,6 +261,8 @@ CHECKS = (
     a_held_worker_does_nothing_and_goes_on_where_it_was,
     a_held_worker_can_be_killed,
     memory_is_measured_and_comes_back,
+    a_promise_is_a_wall,
+    a_limit_can_be_raised,
     stop_writes_a_checkpoint_and_a_new_worker_goes_on_from_it,
     an_identity_that_does_not_match_is_not_adopted,
 )

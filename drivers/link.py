@@ -25,6 +25,7 @@ class WorkerLink(asyncio.Protocol):
     ) -> None:
         self._hello, self._said, self._lost = hello, said, lost
         self._unpacker = Unpacker()
+        self.garbled = False  # what came was not the protocol
         self._transport: asyncio.Transport | None = None
         self._early: list[bytes] = []  # said before the line was up
 
@@ -41,6 +42,7 @@ class WorkerLink(asyncio.Protocol):
                     self._said(message)
         except ProtocolError:
             # It talks nonsense: nothing after this can be trusted.
+            self.garbled = True
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

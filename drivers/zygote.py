@@ -7,22 +7,41 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llmos.drivers.worker.zygote import THREAD_VARIABLES
+from llmos.drivers.worker.zygote import EXIT_OTHER, THREAD_VARIABLES
 from llmos.kernel.wire import Unpacker, pack
 
 # Importing torch, transformers and peft takes 3-5 s on a warm machine, 10 s on a cold one.
 START_LIMIT_S = 120.0
 
 
+# How long the zygote of an earlier kernel, which is still loading, is waited for at a time.
+OTHER_S = 0.3
+
 # How long an OpenMP thread spins before it sleeps, in loop turns (some tens of microseconds). The
 # default, 300,000, is right for a process that is alone on its cores: with a neighbour, even
 # one that only now and then runs, each barrier burns a time slice and a training falls to a
 # tenth (docs/design/log.md). This costs 0-8 % alone and keeps a third when crowded.
 SPIN_COUNT = "10000"
+
+# glibc's malloc without thread caches and fast bins: small pieces that they keep lie between freed
+# tensors, and up to every fourth byte of a training was such a hole. Steps are as fast without.
+MALLOC = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """That of the zygote, and so of all workers: what their libraries read when they load."""
+    made = {"GOMP_SPINCOUNT": SPIN_COUNT, **given, **dict.fromkeys(THREAD_VARIABLES, "1")}
+    # A later setting of the same name wins: that of whoever set one.
+    theirs = given.get("GLIBC_TUNABLES")
+    made["GLIBC_TUNABLES"] = f"{MALLOC}:{theirs}" if theirs else MALLOC
+    # Whoever asks at import whether there is a GPU must not initialise CUDA: it cannot be
+    # forked afterwards.
+    made["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    return made
 
 
 class Zygote(asyncio.Protocol):
@@ -31,9 +50,11 @@ class Zygote(asyncio.Protocol):
     When it dies before it has answered an order, the next one gets it.
     """
 
-    def __init__(self, home: Path, told: Callable[[dict[str, Any]], None]) -> None:
-        self.path = home / "zygote.sock"
-        self.log = home / "zygote.log"
+    def __init__(
+        self, home: Path, told: Callable[[dict[str, Any]], None], name: str = "zygote"
+    ) -> None:
+        self.path = home / f"{name}.sock"
+        self.log = home / f"{name}.log"
         self.state = "starting"
         self.os_pid = 0
         self._told = told
@@ -44,6 +65,7 @@ class Zygote(asyncio.Protocol):
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._closing = False
+        self._pidfd = -1
 
     def open(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._come_up())
@@ -51,6 +73,9 @@ class Zygote(asyncio.Protocol):
     async def close(self) -> None:
         """End the zygote; its workers are gone by now, or become orphans of the kernel."""
         self._closing = True
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -91,7 +116,12 @@ class Zygote(asyncio.Protocol):
         await self._start()
         pause, waited = 0.01, 0.0
         while not await self._dial():
-            if self._process is not None and self._process.returncode is not None:
+            ended = self._process.returncode if self._process is not None else None
+            if ended == EXIT_OTHER:
+                # One that an earlier kernel started is loading: it will listen, or end.
+                await asyncio.sleep(OTHER_S)
+                await self._start()
+            elif ended is not None:
                 self._fail(f"see {self.log}")
                 return
             if waited > START_LIMIT_S:
@@ -115,12 +145,10 @@ class Zygote(asyncio.Protocol):
         return self._transport is not None
 
     async def _start(self) -> None:
-        environment = {"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ}
-        environment |= dict.fromkeys(THREAD_VARIABLES, "1")
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "llmos.drivers.worker.zygote", str(self.path),
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(os.environ),
                 start_new_session=True, cwd="/",
             )  # fmt: skip
         self.os_pid = self._process.pid
@@ -133,10 +161,26 @@ class Zygote(asyncio.Protocol):
         for message in self._unpacker.feed(data):
             if message["k"] == "ready":
                 self.state, self.os_pid = "ready", message["os_pid"]
+                self._pidfd = _pidfd_of(self.os_pid)
                 self._hand_over()
             elif message["k"] != "exited":
                 self._open.pop(_key(message), None)
             self._told(message)
+
+    def _await_end(self, pidfd: int) -> None:
+        """Tell that it is gone when the system has told its children so: its line breaks before."""
+
+        def gone() -> None:
+            if pidfd >= 0:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
+            self._told({"k": "gone"})
+
+        loop = asyncio.get_running_loop()
+        if pidfd < 0:
+            gone()
+        else:
+            loop.add_reader(pidfd, gone)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -145,9 +189,18 @@ class Zygote(asyncio.Protocol):
             return
         # It died. Its workers live on and are the kernel's children now (it is their
         # subreaper); the next fork needs a new one.
+        self._await_end(self._pidfd)
+        self._pidfd = -1
         self.state = "starting"
         if self._task is None or self._task.done():
             self.open()
+
+
+def _pidfd_of(os_pid: int) -> int:
+    try:
+        return os.pidfd_open(os_pid)
+    except ProcessLookupError:
+        return -1
 
 
 def _key(message: dict[str, Any]) -> tuple[str, Any]:

@@ -1,109 +1,188 @@
 """Admission: a process starts when its promise fits in the books, not before.
 
-Waiting processes are tried by class, then in the order they came. A smaller one may pass a
-larger one that does not fit, but not for ever: after a while nobody of its class passes it.
+Waiting processes are tried by class, then in the policy's order. A smaller one may pass a larger
+one that does not fit, but not for ever: after a while nobody of its class passes it, and the
+devices that it will get are kept for it. A gang gets all of its devices or none. What makes room
+when memory is short is decided in `room`.
 """
 
 from __future__ import annotations
 
-from llmos.kernel.errors import NoMemory
-from llmos.kernel.events import Signal, StartWorker
-from llmos.kernel.machine import Machine, Worker
-from llmos.kernel.process import Process, Residency, Role, State
+import math
+from collections.abc import Iterable
 
-# How long a process that does not fit may be passed by smaller ones of its class.
-PASSING_S = 60.0
+from llmos.kernel import deadlines, quota, room, turns
+from llmos.kernel.errors import NoMemory
+from llmos.kernel.events import DiskTold, MoveIn, StartWorker
+from llmos.kernel.machine import Machine, Worker
+from llmos.kernel.policies.base import Place
+from llmos.kernel.process import Process, Residency, Role, State
 
 GIB = 1024**3
 
+# The soonest that a resident is looked at again: when it has its device, and when it does not.
+REVIEW_S, REVIEW_OFF_S = 1.0, 30.0
+
 
 def devices_for(m: Machine, proc: Process) -> list[str]:
+    """Where a process may run, the emptiest first: the device it asked for, or all of the kind
+    that is preferred (an accelerator before a CPU)."""
     if proc.device_wanted:
         # A kernel may have been booted without the device that an earlier one had.
         return [proc.device_wanted] if proc.device_wanted in m.devices else []
-    return sorted(m.devices, key=lambda d: (-m.ledger.free(d), d))
+    return [d for d in m.ledger.most_free() if d in m.pool]
 
 
 def refuse_what_never_fits(m: Machine, proc: Process) -> None:
-    """Raise NoMemory when no device could hold the process even if all others left."""
+    """Raise NoMemory when no device could hold the process even if all others left.
+
+    A copy of the state for checkpoints is left out first: without it the process stands still
+    while they are written.
+    """
     names = devices_for(m, proc)
-    if any(m.ledger.can_ever_reserve(d, proc.segments) for d in names):
+    if sum(m.ledger.can_ever_reserve(d, proc.segments) for d in names) >= proc.gang:
+        quota.refuse_what_never_fits(m, proc, names)
         return
+    spared = [s for s in proc.segments if s["kind"] != "checkpoint"]
+    if len(spared) < len(proc.segments):
+        proc.segments = spared
+        return refuse_what_never_fits(m, proc)
     need = sum(s["bytes"] for s in proc.segments)
+    if len(names) < proc.gang:
+        raise NoMemory(
+            f"{proc.program} wants {proc.gang} devices; there are {len(names)}",
+            "ask for fewer (--devices) or boot with more (--device)",
+        )
     largest = max(names, key=m.ledger.capacity)
     raise NoMemory(
         f"{proc.program} needs {need / GIB:,.1f} GiB; {largest} has "
         f"{m.ledger.capacity(largest) / GIB:,.1f} GiB in all",
-        "make it smaller (batch, context, width, dtype) or boot with a larger device",
+        "make it smaller (batch, context, width, dtype; `llmos plan` finds what fits) or boot "
+        "with a larger device",
     )
+
+
+def place_for(m: Machine, proc: Process, closed: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """The devices that can take a process now, as many as it wants; () when there are not."""
+    if m.worker_of(proc) is not None:  # moved out, and its worker lives: only back to where it was
+        devices = proc.devices
+        away = m.ledger.away_bytes(proc.pid)
+        return devices if all(m.ledger.free(d) >= away for d in devices) else ()
+    closed |= quota.full(m, proc)
+    if proc.device_wanted:
+        names = [d for d in devices_for(m, proc) if m.ledger.can_reserve(d, proc.segments)]
+        return tuple(d for d in names if d not in closed)[:1]
+    need = proc.segments_bytes
+    skipped = len(closed) + len(m.devices) - len(m.pool)
+    found = m.ledger.with_free(need, proc.gang + skipped)
+    shared = [s["shared"] for s in proc.segments if s.get("shared")]
+    if shared and proc.gang == 1:
+        there = m.ledger.holds_shared(shared)
+        found[:0] = [d for d in there if m.ledger.can_reserve(d, proc.segments)]
+    found = [d for d in found if d in m.pool and d not in closed]
+    # In order: the first of a gang's devices is that of its rank 0.
+    return tuple(sorted(found[: proc.gang])) if len(found) >= proc.gang else ()
 
 
 def admit_waiting(m: Machine) -> None:
     """Start whatever fits now."""
-    if m.shutting_down:
+    if m.shutting_down or m.disk_trouble or not m.line_dirty:
         return
-    # Where somebody of a class has waited too long to be passed.
-    closed: set[tuple[int, str]] = set()
-    for proc in sorted((m.procs[p] for p in m.waiting), key=lambda p: (int(p.cls), p.pid)):
-        devices = devices_for(m, proc)
-        open_ = [d for d in devices if (int(proc.cls), d) not in closed]
-        if devices and not open_:
+    m.line_dirty = False
+    m.jobs_seen.clear()
+    if m.order_stale:
+        m.order_stale = False
+        m.waiting.rebuild({pid: _place(m, m.procs[pid]) for pid in m.waiting})
+    # By class: the devices that are kept for somebody who has waited too long to be passed.
+    closed: dict[int, frozenset[str]] = {}
+    for pid in m.waiting.heads():
+        proc = m.procs[pid]
+        if quota.is_over(m, proc):
+            proc.reason = "quota"
             continue
-        device = next((d for d in open_ if m.ledger.can_reserve(d, proc.segments)), None)
-        if device is not None:
-            start(m, proc, device)
+        kept = closed.get(int(proc.cls), frozenset())
+        devices = place_for(m, proc, kept)
+        if devices:
+            start(m, proc, devices)
             continue
-        proc.reason = "memory" if devices else "device"
-        make_room(m, proc)
-        if m.now - proc.submitted_at > PASSING_S:
-            could = [d for d in devices if m.ledger.can_ever_reserve(d, proc.segments)]
-            closed.update((int(proc.cls), d) for d in could)
+        names = devices_for(m, proc)
+        full = quota.full(m, proc)
+        if names and len(set(names) - full) < proc.gang:
+            proc.reason = "quota"  # others of its user have to end, and nobody else
+            continue
+        names = [d for d in names if d not in full]
+        proc.reason = "memory" if names else "device"
+        room.make_room(m, proc, [d for d in names if d not in kept])
+        if m.now - proc.waiting_since >= m.settings.passing_s - 1e-6:
+            could = [d for d in names if d not in kept
+                     and m.ledger.can_ever_reserve(d, proc.segments)]  # fmt: skip
+            closed[int(proc.cls)] = kept | frozenset(could[: proc.gang])
+    if not len(m.waiting):
+        m.reviewing = False
+    elif not m.reviewing:
+        m.reviewing = True
+        for worker in list(m.workers.values()):
+            for device in worker.devices:
+                turns.charge(m, device)
+            review(m, m.procs[worker.pid])
 
 
-def start(m: Machine, proc: Process, device: str) -> None:
-    """Promise the memory and have a worker forked."""
-    m.waiting.pop(proc.pid, None)
-    if device:
-        m.ledger.reserve(device, proc.pid, proc.segments)
-    worker = Worker(f"w{proc.pid}-{m.next_worker}", proc.pid, device)
+def disk_told(m: Machine, e: DiskTold) -> None:
+    """Nothing is started on a disk that takes nothing: it could leave no word of itself."""
+    m.disk_trouble = e.trouble
+    m.line_dirty = True
+    for pid in m.waiting:
+        m.procs[pid].reason = "disk" if e.trouble else "memory"
+
+
+def start(m: Machine, proc: Process, devices: tuple[str, ...]) -> None:
+    """Promise the memory and have a worker forked, or bring back what was moved out."""
+    m.waiting.pop(proc.pid)
+    worker = m.worker_of(proc)
+    if worker is not None:
+        _bring_back(m, proc, worker)
+        return
+    if devices:
+        m.ledger.reserve(devices, proc.pid, proc.segments)
+    worker = Worker(f"w{proc.pid}-{m.next_worker}", proc.pid, devices, admitted_at=m.now)
     m.next_worker += 1
     m.workers[worker.worker_id] = worker
-    proc.worker_id, proc.device = worker.worker_id, device
+    for device in devices:
+        m.on_device[device][worker.worker_id] = None
+    proc.worker_id, proc.devices = worker.worker_id, devices
     proc.next_start_at = None
     show_promise(m, proc)
-    m.move(proc, State.STARTING, f"memory is promised on {device}" if device else "service")
+    why = f"memory is promised on {' and '.join(devices)}" if devices else "service"
+    m.move(proc, State.STARTING, why)
     proc.residency = Residency.DEVICE
-    m.out.append(StartWorker(worker.worker_id, proc.pid, device))
+    m.out.append(StartWorker(worker.worker_id, proc.pid, devices))
     m.record("started", proc.pid)
     m.save(proc)
+    review(m, proc)
 
 
-def make_room(m: Machine, proc: Process) -> None:
-    """End idle engines, the longest idle first, as far as that lets `proc` in."""
-    for device in devices_for(m, proc):
-        short = m.ledger.need(device, proc.segments) - m.ledger.free(device)
-        idle = sorted(
-            (w for w in m.workers.values() if w.device == device and w.idle_since is not None),
-            key=lambda w: w.idle_since or 0.0,
-        )
-        leaving = [w for w in m.workers.values() if w.device == device and w.kill_signal]
-        short -= sum(m.ledger.memory_of(w.pid)[0] for w in leaving)
-        if short <= 0 or short > sum(m.ledger.memory_of(w.pid)[0] for w in idle):
-            continue
-        for worker in idle:
-            if short <= 0:
-                return
-            short -= m.ledger.memory_of(worker.pid)[0]
-            end_engine(m, worker, f"makes room for process {proc.pid}")
+def _bring_back(m: Machine, proc: Process, worker: Worker) -> None:
+    m.ledger.move_in(proc.pid)
+    worker.moving, worker.admitted_at = "in", m.now
+    show_promise(m, proc)
+    m.move(proc, State.STARTING, "its memory comes back to the device")
+    m.out.append(MoveIn(worker.worker_id))
+    m.record("moves-in", proc.pid)
+    review(m, proc)
+
+
+def review(m: Machine, proc: Process) -> None:
+    """Look again when the policy may want it moved out for somebody who waits."""
+    worker = m.worker_of(proc) if m.reviewing else None
+    if proc.role is not Role.PROCESS or worker is None or worker.review_at > m.now + 1e-6:
         return
-
-
-def end_engine(m: Machine, worker: Worker, why: str) -> None:
-    """An engine without work leaves: there is nothing in it to be saved."""
-    if not worker.kill_signal:
-        worker.kill_signal, worker.kill_why = 15, why
-        m.retire(m.procs[worker.pid])
-        m.out.append(Signal(worker.worker_id, 15))
+    in_s = m.policy.review_s(m.job_of(proc))
+    if in_s is not None:
+        # Seconds of a device pass only while it has one.
+        soonest = m.now + max(in_s, REVIEW_S if m.leases(worker) else REVIEW_OFF_S)
+        stays_until = worker.admitted_at + m.settings.min_residency_s
+        worker.review_at = min(soonest, stays_until) if stays_until > m.now + 1e-6 else soonest
+        m.wake_at(worker.review_at, pid=proc.pid)
 
 
 def show_promise(m: Machine, proc: Process) -> None:
@@ -115,9 +194,45 @@ def show_promise(m: Machine, proc: Process) -> None:
 
 def wait_for_memory(m: Machine, proc: Process) -> None:
     """Put a process in the line for memory; services need none on a device."""
-    proc.reason = "memory"
+    proc.reason = "disk" if m.disk_trouble else "memory"
     if proc.role is Role.SERVICE:
         if not m.shutting_down:
-            start(m, proc, "")
+            start(m, proc, ())
         return
-    m.waiting[proc.pid] = None
+    proc.waiting_since = m.now
+    if not proc.in_line_before:
+        proc.in_line_before = True
+        moved(m, m.policy.arrived(m.job_of(proc)))
+    stand_in_line(m, proc)
+    m.wake_at(m.now + m.settings.passing_s, pid=proc.pid)
+    m.wake_at(m.now + m.settings.aging_s, pid=proc.pid)
+
+
+def moved(m: Machine, keys: Iterable[str]) -> None:
+    """The policy sees some processes with other eyes: those that wait take their new places."""
+    for key in keys:
+        if int(key) in m.waiting:
+            stand_in_line(m, m.procs[int(key)])
+    m.line_dirty = True
+
+
+def _place(m: Machine, proc: Process) -> Place:
+    """The place that its deadline, its age and the policy give a process in its class."""
+    if deadlines.urgent(m, proc):
+        return (-math.inf, proc.deadline_at or 0.0)
+    if m.now - proc.waiting_since >= m.settings.aging_s - 1e-6:
+        return (-1e300, proc.waiting_since)
+    return m.policy.place(m.job_of(proc))
+
+
+def stand_in_line(m: Machine, proc: Process) -> None:
+    """Take its place among those that wait for memory."""
+    if m.worker_of(proc) is not None:
+        need: tuple[object, ...] = ("away", proc.pid)
+    else:
+        shared = tuple(sorted(s["shared"] for s in proc.segments if s.get("shared")))
+        need = (sum(s["bytes"] for s in proc.segments), shared, proc.gang, proc.device_wanted)
+    if m.settings.user_memory < 1 or m.settings.user_device_s:
+        need += (proc.uid,)  # what stops one user stops nobody else
+    m.waiting.add(proc.pid, int(proc.cls), _place(m, proc), need)
+    m.line_dirty = True

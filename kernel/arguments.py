@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmos.kernel.errors import BadArgument
+from llmos.kernel.units import parse_interval
 
 _WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false",
           "list": "a list of texts"}  # fmt: skip
@@ -22,8 +23,16 @@ def check(
     given: dict[str, Any],
     cwd: str,
     resolve_model: Callable[[str], str],
+    defaults: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    planning: bool = False,
 ) -> dict[str, Any]:
-    """-> all arguments of the program. Raises BadArgument with the flag's name."""
+    """-> all arguments of the program. Raises BadArgument with the flag's name.
+
+    `defaults` are the configuration's own, by name; they win over those of the schema. `env` is
+    the client's environment, for arguments that are read from it. With `planning` an argument
+    that a plan can be made without may be missing; it is "" then.
+    """
     fields = {f["name"]: f for f in schema["args"]}
     for name in given:
         if name not in fields:
@@ -33,9 +42,11 @@ def check(
     checked = {}
     for name, f in fields.items():
         if name not in given:
-            if f["required"]:
+            left_out = planning and f.get("plan_without")
+            if f["required"] and not left_out:
                 raise BadArgument(f"{schema['name']} needs {_called(f)}: {f['help']}")
-            checked[name] = f["default"]
+            empty = left_out and f["required"]
+            checked[name] = "" if empty else _default(f, defaults or {}, env or {})
         else:
             checked[name] = _value(f, given[name])
         value = checked[name]
@@ -47,8 +58,27 @@ def check(
     return checked
 
 
+def _default(f: dict[str, Any], defaults: Mapping[str, Any], env: Mapping[str, str]) -> Any:
+    """What an argument is that was not given: the client's variable, the configuration's value,
+    the schema's."""
+    if f.get("env") and f["env"] in env:
+        return env[f["env"]]
+    return defaults.get(f["name"], f["default"])
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _interval(f: dict[str, Any], value: Any) -> str:
+    """It stays a text: plain steps may be given as a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadArgument(f"{_called(f)} is an interval, not {value!r}"[:300])
+    try:
+        parse_interval(value)
+    except BadArgument as exc:
+        raise BadArgument(f"{_called(f)}: {exc.message}", exc.hint) from None
+    return str(value)
 
 
 def _called(f: dict[str, Any]) -> str:
@@ -57,6 +87,8 @@ def _called(f: dict[str, Any]) -> str:
 
 def _value(f: dict[str, Any], value: Any) -> Any:
     kind = f["type"].rstrip("?")
+    if f.get("interval"):
+        return _interval(f, value)
     if value is None and f["type"].endswith("?"):
         return None
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):

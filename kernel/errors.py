@@ -9,6 +9,7 @@ LlmosError
 │   ├── NotAllowed        the caller may not do this
 │   └── IllegalMove       a process cannot go from its state to the one asked for
 ├── NoMemory              no device can ever hold what was asked for
+├── OutOfMemory           a process wanted more than it was promised, and there was no more
 ├── Busy                  a limit is reached; later it may work
 ├── TimedOut              nobody answered in time
 ├── WorkerLost            a worker died: the cause lies outside the kernel
@@ -73,6 +74,11 @@ class IllegalMove(BadRequest):
 class NoMemory(LlmosError):
     code = "no-memory"
     default_hint = "`llmos mem` shows who holds the device"
+
+
+class OutOfMemory(LlmosError):
+    code = "out-of-memory"
+    default_hint = "make it smaller (batch, context, width, dtype), or give it more to begin with"
 
 
 class Busy(LlmosError):

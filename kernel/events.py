@@ -37,11 +37,16 @@ class PlanFailed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker answered the handshake. `adopted`: it was there before this kernel."""
+    """A worker answered the handshake.
+
+    `away`: an earlier kernel had its memory moved out, but for `left_bytes`.
+    """
 
     worker_id: str
     os_pid: int
     loaded: bool = False
+    away: bool = False
+    left_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,21 @@ class Reported:
     total: int | None
     metrics: dict[str, float]
     shares: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A worker's main thread has moved, though it has nothing to report."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Misspoke:
+    """A worker said what makes no sense, too often to be trusted any more."""
+
+    worker_id: str
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +106,21 @@ class ProcessDone:
     status: int
     reason: str
     result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFailed:
+    """There was no room where a worker's memory was to go: it is where it was."""
+
+    worker_id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class CanCheckpoint:
+    """A program of which it was not known has said that it can write checkpoints."""
+
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +156,32 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
+class Shrunk:
+    """A worker was told to become smaller and did what it could; `freed_bytes` may be 0."""
+
+    worker_id: str
+    level: str
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MovedOut:
+    """A worker's memory is off the device, on the host or on disk; `left_bytes` stay on it."""
+
+    worker_id: str
+    where: str
+    freed_bytes: int
+    left_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class MovedIn:
+    worker_id: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class KillAsked:
     pid: int
     signal: int
@@ -128,7 +189,10 @@ class KillAsked:
 
 @dataclass(frozen=True, slots=True)
 class PauseAsked:
+    """`release`: its memory is given back too; it goes on from a checkpoint."""
+
     pid: int
+    release: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +202,24 @@ class ResumeAsked:
 
 @dataclass(frozen=True, slots=True)
 class ReniceAsked:
+    """What is None stays. A `deadline_at` of 0 takes the deadline away."""
+
     pid: int
-    nice: int
+    nice: int | None = None
+    cls: str | None = None
+    deadline_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RestartAsked:
     """A person restarts a service."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """A person stops a service: it ends and is not started again."""
 
     pid: int
 
@@ -158,6 +233,37 @@ class CheckpointAsked:
 class InputGiven:
     pid: int
     message: dict[str, Any]
+    key: str = ""  # of the client's choice
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """The files of a worker could not be made: there never was one."""
+
+    worker_id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Of this process nothing can come, whatever is tried: it ends, and it alone."""
+
+    pid: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskTold:
+    """What is wrong with the disk of the home; empty: it is well."""
+
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """Processes that ended long ago are forgotten."""
+
+    pids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +277,11 @@ class Clock:
 
 
 Event = (
-    Submitted | Planned | PlanFailed | WorkerUp | Loaded | Reported | WorkerIdle | GuestIdle
-    | ProcessDone | Checkpointed | WorkerHeld | WorkerGone | Measured | KillAsked | PauseAsked
-    | ResumeAsked | ReniceAsked | RestartAsked | CheckpointAsked | InputGiven | ShutdownAsked
-    | Clock
+    Submitted | Planned | PlanFailed | WorkerUp | Loaded | Reported | Alive | Misspoke
+    | WorkerIdle | GuestIdle | ProcessDone | Checkpointed | WorkerHeld | WorkerGone | Measured
+    | Shrunk | MovedOut | MovedIn | MoveFailed | CanCheckpoint | KillAsked | PauseAsked
+    | ResumeAsked | ReniceAsked | RestartAsked | StopAsked | CheckpointAsked | InputGiven
+    | ShutdownAsked | StartFailed | GivenUp | DiskTold | Expired | Clock
 )  # fmt: skip
 
 # ---- orders ----
@@ -182,9 +289,11 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
+    """One worker, on one device or on all of a gang's."""
+
     worker_id: str
     pid: int
-    device: str
+    devices: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +306,9 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
+    """The worker has its devices: guests less urgent than `floor` stay out."""
+
     worker_id: str
-    device: str
     floor: int = 2
 
 
@@ -218,6 +328,34 @@ class Stop:
 class Signal:
     worker_id: str
     signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The wall: a worker that wants more than so many bytes of a device gets an error."""
+
+    worker_id: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """Have a worker become smaller: drop its caches, or halve its micro-batch -> Shrunk."""
+
+    worker_id: str
+    level: str
+
+
+@dataclass(frozen=True, slots=True)
+class MoveOut:
+    """Bring a worker's memory off its device, with its worker alive -> MovedOut."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class MoveIn:
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +389,7 @@ class Forward:
     worker_id: str
     pid: int
     message: dict[str, Any]
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +414,14 @@ class Changed:
 
 
 @dataclass(frozen=True, slots=True)
+class Learned:
+    """A run has shown what it takes of one device, in private bytes at its peak."""
+
+    pid: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class WakeAt:
     at: float
 
@@ -289,7 +436,14 @@ class Record:
     by: int = 0
 
 
+# Orders after which what a worker does follows from what the order follows from.
+SETTING_OFF = (
+    StartWorker | Load | Grant | Hold | Stop | Signal | Shrink | MoveOut | MoveIn | AskCheckpoint
+    | Admit | Drop | Forward
+)  # fmt: skip
+
 Order = (
-    StartWorker | Load | Grant | Hold | Stop | Signal | AskCheckpoint | Admit | Drop | Rank
-    | Forward | Save | Forget | Changed | WakeAt | Record
+    StartWorker | Load | Grant | Hold | Stop | Signal | Limit | Shrink | MoveOut | MoveIn
+    | AskCheckpoint | Admit | Drop | Rank
+    | Forward | Save | Forget | Changed | Learned | WakeAt | Record
 )  # fmt: skip

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmos.kernel import turns
-from llmos.kernel.errors import IllegalMove
+from llmos.kernel.errors import Busy, IllegalMove
 from llmos.kernel.events import (
     GuestIdle,
     InputGiven,
 )
-from llmos.kernel.machine import Machine, Worker
+from llmos.kernel.machine import Input, Machine, Worker
 from llmos.kernel.process import Process, Residency, Role, State
+from llmos.kernel.wire import pack
+
+MIB = 1024**2
+
+# What may wait for one guest. Each input is a turn that a person or a program waits for: who is a
+# thousand ahead does not read the answers. The bytes are those of one message at most, so that the
+# guest's row, which has them all, stays far below what a database takes.
+MOST_INPUTS, MOST_INPUT_BYTES = 1_000, 16 * MIB
 
 
 def join_engine(m: Machine, guest: Process) -> None:
@@ -18,7 +28,7 @@ def join_engine(m: Machine, guest: Process) -> None:
     worker = m.worker_of(engine) if engine else None
     if engine is None or worker is None or not worker.up:
         return
-    guest.device = engine.device
+    guest.devices = engine.devices
     guest.residency = Residency.DEVICE
     if guest.state is State.WAITING and guest.reason == "engine":
         m.move(guest, State.READY, f"joins engine {engine.pid}", "device")
@@ -32,9 +42,15 @@ def guest_idle(m: Machine, e: GuestIdle) -> None:
     if guest is None:
         return
     worker = m.workers[e.worker_id]
+    if e.seen is not None:
+        has_read(worker, e.seen)
     if e.seen is not None and e.seen < worker.inputs_sent.get(e.pid, 0):
         return  # it had not read the newest input when it said so
     guest.awaits_input = True
+    m.input_bytes.pop(e.pid, None)
+    if guest.inputs:
+        guest.inputs.clear()  # all of them are answered
+        m.save(guest)
     if guest.state not in (State.READY, State.RUNNING, State.PREEMPTED):
         return  # paused in the meantime, or gone
     m.move(guest, State.WAITING, "waits for input", "input")
@@ -47,17 +63,66 @@ def input_given(m: Machine, e: InputGiven) -> None:
     worker = m.worker_of(engine) if engine else None
     if proc.role is not Role.GUEST or not proc.live:
         raise IllegalMove(f"process {e.pid} takes no input")
+    _check_room(m, proc, e)
+    m.inputs += 1
+    given = Input(e.key or f"{m.started_at:.6f}/{m.inputs}", e.message)
+    if _is_unread(m, worker, e.pid, given.key):
+        return  # sent once more by a client that did not hear of it
+    m.input_bytes[e.pid][given.key] = _size(e.message)
+    if not proc.attached and not any(held["key"] == given.key for held in proc.inputs):
+        proc.inputs.append({"key": given.key, "message": given.message})
+        m.save(proc)
     if worker is None or e.pid not in worker.admitted:
         # The engine does not know it yet: it gets the input right after the guest.
-        m.early_input.setdefault(e.pid, []).append(e.message)
+        m.early_input.setdefault(e.pid, []).append(given)
         return
-    turns.forward(m, worker, e.pid, e.message)
+    turns.forward(m, worker, e.pid, given)
     proc.awaits_input = False
     if proc.state is State.WAITING and proc.reason == "input":
         m.move(proc, State.READY, "has input", "device")
     if engine is not None and engine.state is State.WAITING:
         m.move(engine, State.READY, "a guest has input", "device")
     turns.update(m, worker)
+
+
+def _check_room(m: Machine, guest: Process, e: InputGiven) -> None:
+    """Raise Busy when too much waits for this guest already."""
+    if e.pid not in m.input_bytes:  # it comes from an earlier kernel, or nothing waits
+        m.input_bytes[e.pid] = {held["key"]: _size(held["message"]) for held in guest.inputs}
+    waiting = m.input_bytes[e.pid]
+    if e.key in waiting:
+        return
+    if len(waiting) >= MOST_INPUTS or sum(waiting.values()) + _size(e.message) > MOST_INPUT_BYTES:
+        raise Busy(
+            f"{len(waiting):,} inputs ({sum(waiting.values()) / MIB:.1f} MiB) wait for process "
+            f"{e.pid}; at most {MOST_INPUTS:,} and {MOST_INPUT_BYTES / MIB:.0f} MiB may",
+            "send the next one when some are answered",
+        )
+
+
+def _size(message: dict[str, Any]) -> int:
+    return len(pack(message))
+
+
+def _is_unread(m: Machine, worker: Worker | None, pid: int, key: str) -> bool:
+    """Whether an input waits here, or on its way to the engine, already."""
+    unread = worker.unread if worker is not None else ()
+    return any(given.key == key for given in m.early_input.get(pid, ())) or any(
+        to == pid and given.key == key for _, to, given in unread
+    )
+
+
+def has_read(worker: Worker, seen: int) -> None:
+    """An engine has read the first `seen` messages about guests."""
+    worker.unread = [u for u in worker.unread if u[0] > seen]
+
+
+def leave_unread(m: Machine, worker: Worker) -> None:
+    """A worker is gone: what it may not have read goes to the next one, which knows what it has."""
+    for _, pid, given in reversed(worker.unread):
+        if pid in m.procs and m.procs[pid].live:
+            m.early_input.setdefault(pid, []).insert(0, given)
+    worker.unread.clear()
 
 
 def rest_engine(m: Machine, worker: Worker) -> None:
@@ -70,4 +135,5 @@ def rest_engine(m: Machine, worker: Worker) -> None:
     worker.idle_since = m.now
     keep = float(proc.args.get("keep_alive_s", 300.0))
     if keep >= 0:
-        m.wake_at(m.now + keep)
+        m.wake_at(m.now + keep, pid=proc.pid)
+    m.line_dirty = True  # somebody may have waited for just that

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import os
 import secrets
 from collections.abc import Iterator
@@ -24,7 +25,12 @@ class Home:
         self.lock = path / "kernel.lock"
         self.journal = path / "journal.db"
         self.manifest = path / "manifest.json"
+        self.services = path / "services.json"
+        self.profiles = path / "profiles.json"
+        self.packing = path / "packing.json"
+        self.usage = path / "usage.json"
         self.log = path / "kernel.log"
+        self.dmesg = path / "dmesg.jsonl"
         self.models = path / "models"
         self.id = ""
 
@@ -59,21 +65,61 @@ class Home:
             reason = exc.strerror or str(exc)
             raise HomeUnusable(f"the home {self.path} cannot be used: {reason}") from None
 
+    def open_to(self, group: grp.struct_group) -> None:
+        """Let members of a group reach the socket, the registry, and nothing else. As root.
+
+        The folders of processes and workers can be passed through, not listed: each belongs to
+        whose process it is. In `models` everybody may put what is his, as in /tmp. Raises
+        HomeUnusable.
+        """
+        for parent in self.path.parents:
+            found = parent.stat()
+            passable = 0o010 if found.st_gid == group.gr_gid else 0o001
+            if not found.st_mode & passable:
+                raise HomeUnusable(
+                    f"members of {group.gr_name} cannot reach {self.path}: {parent} is closed to "
+                    "them",
+                    "choose another folder with LLMOS_HOME, such as /var/lib/llmos",
+                )
+        os.umask(0o077)
+        for entry in os.scandir(self.path):
+            if entry.is_file(follow_symlinks=False):
+                os.chmod(entry.path, 0o600)
+        for folder in (self.path / "procs", self.path / "w"):
+            folder.chmod(0o711)
+        os.chown(self.models, 0, group.gr_gid)
+        self.models.chmod(0o1770)
+        os.chown(self.path, 0, group.gr_gid)
+        self.path.chmod(0o710)
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Be the one kernel of this home, or raise Busy with the pid of the other."""
-        fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            reason = exc.strerror or str(exc)
+            raise HomeUnusable(f"the home {self.path} cannot be used: {reason}") from None
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except BlockingIOError:  # a kernel, or fsck
                 other = os.read(fd, 32).decode(errors="replace").strip() or "?"
                 raise Busy(
                     f"a kernel serves {self.path} already (pid {other})",
-                    "use it, or `llmos shutdown` it first",
+                    "`llmos shutdown` ends it",
                 ) from None
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # on a full disk the lock has no number in it
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(fd)
+
+
+def boot_id() -> str:
+    """What this run of the machine is called; empty where nobody says."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -6,78 +6,105 @@ Everything runs in one asyncio loop; nothing here blocks but opening small files
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
+import functools
 import heapq
-import json
+import itertools
+import math
 import os
-import pwd
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from llmos.drivers.base import DeviceInfo, Driver, DriverEvent, WorkerSpec
+from llmos.kernel import access, disks, retention
 from llmos.kernel import events as ev
 from llmos.kernel.calls import Calls
-from llmos.kernel.config import Config
+from llmos.kernel.config import Config, policy_of, settings_of
+from llmos.kernel.connection import Connection
 from llmos.kernel.core import Core
-from llmos.kernel.errors import LlmosError, TimedOut, from_wire
-from llmos.kernel.home import Home
-from llmos.kernel.journal import Journal
+from llmos.kernel.database import unused
+from llmos.kernel.dmesg import Cause, Dmesg
+from llmos.kernel.errors import LlmosError, TimedOut
+from llmos.kernel.health import LOOK_S, Health
+from llmos.kernel.home import Home, boot_id
+from llmos.kernel.installed import Installed
+from llmos.kernel.journal import LOST_AND_FOUND, Journal
 from llmos.kernel.ledger import SYSTEM_PID
-from llmos.kernel.log import log
+from llmos.kernel.log import listeners, log
 from llmos.kernel.messages import Inbox
-from llmos.kernel.orders import executors
+from llmos.kernel.names import user_name
+from llmos.kernel.orders import EXECUTORS
+from llmos.kernel.planner import Planner
 from llmos.kernel.process import Process, Role, State
-from llmos.kernel.streams import Growth
+from llmos.kernel.services import Services
+from llmos.kernel.streams import Growth, trim
 
-# How many decisions the record keeps for `top`, `explain` and the demo.
-RECORDS = 20_000
+# No OS process has begun then.
+NEVER = -2.0
 
 # A service answers within the caller's limit; a worker ends within this after being told to.
 DRAIN_S = 60.0
 
+# A client whose kernel has died comes back within this, or what was attached to it ends; one whose
+# connection broke while it and the kernel live comes back at once.
+OWNER_S, DROPPED_S = 60.0, 10.0
+
 # Memory is measured so many times less often while no device works.
 IDLE_MEASURE = 5
-MANIFEST_S = 60.0
+# A worker that floods its log at a gigabyte a second is a gigabyte above the limit, no more.
+LOOK_AT_LOGS_S = 1.0
+
+# What was learned is written down once in so many measurements.
+SAVE_EVERY = 30
 
 
 class Kernel:
     def __init__(self, config: Config, home: Home, drivers: dict[str, Any]) -> None:
         self.config, self.home = config, home
+        self.group = access.group_of(config.group)
         self.started = time.time()
         self._clock_zero = self.started - time.monotonic()
-        self.core = Core(self.now())
-        self.journal = Journal(home.journal)
+        self.core = Core(self.now(), policy_of(config), settings_of(config))
+        self.journal = Journal(home.journal, disks.disk_of(home.path).network)
+        self.journal.on_change = lambda: self.health.look()
+        self.journal.on_lost = self._write_journal_anew
+        self.journal.on_refused = self._row_refused
         self.drivers: dict[str, Driver] = drivers
         self.host: Any = drivers["host"]
         self.devices: dict[str, tuple[DeviceInfo, Driver]] = {}
         self.worker_rows: dict[int, dict[str, Any]] = {}  # pid -> what adoption needs
-        self.records: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECORDS)
-        self.record_seq = 0
+        self.dmesg: Dmesg = Dmesg(home.dmesg, self.now)
+        self.last_cause: dict[str, Cause] = {}  # by worker: what its last order follows from
+        self.comes_back: dict[int, Cause] = {}  # by pid: why it waits to be started again
         self.growth = Growth()
+        self.health = Health(self)
+        self.planner = Planner(self)
         self.manifest: dict[str, Any] = {}
-        self.manifest_ready = asyncio.Event()
+        self.installed = Installed(self)
         self.stopping = asyncio.Event()
-        self.next_pid = 1
-        self.service_pids: dict[str, int] = {}
-        self.services_started = asyncio.Event()
+        self._older: set[str] = set()  # workers of an earlier kernel
+        self.adopted = asyncio.Event()  # all workers of an earlier kernel have spoken, or are gone
+        self.next_pid = self.first_pid = 1  # `first_pid`: of this kernel; those before are older
+        self.services = Services(self)
         self.clients: set[Any] = set()
+        # Attached pids whose clients have yet to come back, and until when.
+        self.ownerless: dict[int, asyncio.TimerHandle] = {}
         self.inbox = Inbox(self)
         self.calls = Calls(self)
         self._changed: dict[int, list[asyncio.Future[None]]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._alarms: list[float] = []  # a heap of the moments the core wants to be asked at
+        self._alarms_at: set[float] = set()  # the same, to look one up
         self._closing = False
-        self._tickets = 0
-        self.plans: dict[int, asyncio.Future[list[dict[str, Any]]]] = {}
+        self._trimmed: set[int] = set()
         self.planning: dict[int, asyncio.Task[None]] = {}  # engines that are being planned
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._executors = executors(self)
         self._loop = asyncio.get_running_loop()
 
     def now(self) -> float:
@@ -88,57 +115,124 @@ class Kernel:
 
     async def open(self) -> None:
         """Devices into the books, processes of an earlier kernel into the table."""
+        last = self.dmesg.open()
+        listeners.append(self._logged)
         for driver in self.drivers.values():
             for info in driver.devices():
                 self.devices[info.name] = (info, driver)
-                self.core.add_device(info.name, info.kind, info.capacity_bytes)
-        self._restore(self.journal.open())
+                self.core.add_device(
+                    info.name, info.kind, info.capacity_bytes, info.lanes, info.moves_to
+                )
+        self.planner.load()
+        rows = self.journal.open()
+        names = ", ".join(self.devices)
+        died = "; the kernel before it died" if last not in ("", "shutdown") else ""
+        boot = f"llmos {version('llmos')}, OS process {os.getpid()}, {names}{died}"
+        self.dmesg.write("boot", why=boot)
+        self._restore(rows)
+        self.health.look()
+        for pid, why in self.journal.aside.items():
+            log(f"the row of process {pid} is damaged ({why}) and set aside: `llmos fsck` tells")
+        if self.health.disk.network:
+            kind, mode = self.health.disk.kind, self.journal.mode
+            log(f"the home lies on a network disk ({kind}): the journal is in mode {mode}, not WAL")
 
     def _restore(self, rows: list[tuple[Process, dict[str, Any]]]) -> None:
         # A pid that has a folder was given away, though its process was never saved.
         given = [int(p.name) for p in self.home.work(0).parent.iterdir() if p.name.isdigit()]
-        self.next_pid = max([0, *given]) + 1
+        self.next_pid = max([0, self.journal.last_pid, *given]) + 1
         # Engines first: then a guest finds its own.
         for proc, worker in sorted(rows, key=lambda r: (r[0].role is not Role.ENGINE, r[0].pid)):
             self.next_pid = max(self.next_pid, proc.pid + 1)
             self.core.restore(proc)
             if proc.live and worker:
                 self.worker_rows[proc.pid] = worker
+            if proc.live and proc.attached:
+                self.await_owner(proc.pid)
+        self.first_pid = self.next_pid
 
     async def bring_up(self) -> None:
         """What may take longer than the socket: drivers, adoption, services, the manifest."""
-        self._clean_up()
         for driver in self.drivers.values():
             await driver.open(self._tell, self.home.path, self.home.id)
         self._adopt()
-        self.spawn(self._make_manifest())
+        self.spawn(self._clean_up())
+        self.spawn(self.installed.boot())
         self.spawn(self._measure_for_ever())
-        await self.manifest_ready.wait()
+        self.spawn(self._trim_for_ever())
+        self.spawn(self._keep_house())
+        await self.installed.ready.wait()
         self._revive_engines()
         self.carry_out(self.core.resume_all(self.now()))
-        for name, service in sorted(self.manifest.get("services", {}).items()):
-            self.start_service(name, service["entry"])
-        self.services_started.set()
+        self.services.start_all()
+        self.spawn(self.services.watch())
 
-    def _clean_up(self) -> None:
-        """Folders of processes that nobody knows any more go."""
+    def dropped(self, pid: int) -> None:
+        """The connection to an attached process's client broke, and the client is still there."""
+        self.await_owner(pid, DROPPED_S)
+
+    async def _clean_up(self) -> None:
+        """Folders of processes and workers that nobody knows any more go, once the adopted have
+        all spoken."""
+        old = list((self.home.path / "w").iterdir())
+        while self.adopting():
+            await self.growth.wait(SYSTEM_PID, 1.0)
+        self.adopted.set()
+        known = self.core.m.procs.keys() | self.journal.aside.keys()
         for folder in (self.home.path / "procs").iterdir():
-            if folder.name.isdigit() and int(folder.name) not in self.core.m.procs:
+            if not folder.name.isdigit() or int(folder.name) in known:
+                continue
+            if (folder / "checkpoints").exists():  # somebody may miss it
+                log(f"nobody knows process {folder.name}: what it left goes to {LOST_AND_FOUND}")
+                self._put_aside(folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        for folder in old:
+            if folder.name not in self.core.m.workers:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _put_aside(self, folder: Path) -> None:
+        aside = self.home.path / LOST_AND_FOUND
+        with contextlib.suppress(OSError):
+            aside.mkdir(mode=0o700, exist_ok=True)
+            folder.rename(unused(aside / f"process-{folder.name}"))
+
+    def adopting(self) -> int:
+        """How many workers of an earlier kernel have not spoken yet."""
+        return sum(not w.up for w in self.core.m.workers.values() if w.worker_id in self._older)
+
     def _adopt(self) -> None:
-        """Dial the workers that may have outlived an earlier kernel."""
+        """Dial the workers that may have outlived an earlier kernel. One whose user is known no
+        more ends, with a reason, when all others are in the books."""
+        given_up: list[ev.GivenUp] = []
         for pid, row in list(self.worker_rows.items()):
             proc = self.core.m.procs[pid]
-            if row["device"] not in self.devices:
-                # It would go on beside the one that takes its place, in the same folder.
-                if self.host.started(row["os_pid"]) == row["started"]:
-                    os.killpg(row["os_pid"], signal.SIGKILL)
+            devices = tuple(row.get("devices") or [row["device"]])
+            # After a reboot the numbers of OS processes are others', and so may be the times.
+            same_boot = row.get("boot") in (None, boot_id())
+            started = row["started"] if same_boot else NEVER
+            end = functools.partial(self._end_older, row["os_pid"], started)
+            if not all(d in self.devices for d in devices):
+                end()
+                continue
+            try:
+                spec = self.spec_of(proc, row["worker_id"], devices)
+            except LlmosError as exc:
+                end()
+                given_up.append(ev.GivenUp(pid, f"it could not be adopted: {exc.message}"))
                 continue
             guests = {g.pid for g in self.core.m.guests_of(pid)}
-            self.core.adopt(pid, row["worker_id"], row["device"], guests)
-            spec = self.spec_of(proc, row["worker_id"], row["device"])
-            self.devices[row["device"]][1].adopt(spec, row["os_pid"], row["started"])
+            self._older.add(row["worker_id"])
+            self.core.adopt(pid, row["worker_id"], devices, guests)
+            self.devices[devices[0]][1].adopt(spec, row["os_pid"], started)
+        for event in given_up:
+            self.post(event)
+
+    def _end_older(self, os_pid: int, started: float) -> None:
+        """It would go on beside the one that takes its place, in the same folder."""
+        if self.host.started(os_pid) == started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(os_pid, signal.SIGKILL)
 
     def _revive_engines(self) -> None:
         """Guests that were promised an answer need an engine again, one for all of its key."""
@@ -147,9 +241,6 @@ class Kernel:
                 continue
             if guest.engine_key in self.core.m.engines:
                 self.core.m.enter(guest)
-                continue
-            if guest.attached:
-                self.post(ev.KillAsked(guest.pid, 1))
                 continue
             schema = self.manifest.get("programs", {}).get(guest.program)
             if schema is not None:
@@ -161,7 +252,7 @@ class Kernel:
 
     async def _revive_engine(self, engine: Process) -> None:
         try:
-            segments = await self.plan(self.schema_of(engine.program), engine)
+            segments = await self.planner.plan(self.schema_of(engine.program), engine)
             if engine.live:
                 self.post(ev.Planned(engine.pid, segments))
         except LlmosError as exc:
@@ -174,7 +265,7 @@ class Kernel:
 
     async def drain(self) -> dict[str, int]:
         """Stop all workers at a safepoint; those that do not end in time are killed."""
-        before = len([w for w in self.core.m.workers.values() if w.device])
+        before = len([w for w in self.core.m.workers.values() if w.devices])
         self.post(ev.ShutdownAsked())
         deadline = self._loop.time() + DRAIN_S
         while self.core.m.workers:
@@ -192,11 +283,21 @@ class Kernel:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, *self.ownerless.values()):
+            if timer is not None:
+                timer.cancel()
         for driver in self.drivers.values():
             await driver.close()
+        self.planner.save()
         self.journal.close()
+        self.dmesg.write("shutdown", 0, "the kernel ends")
+        listeners.remove(self._logged)
+        self.dmesg.close()
+
+    def _logged(self, text: str) -> None:
+        self.dmesg.write(
+            "log", 0, text.rstrip().splitlines()[-1] if text.strip() else "", 0, "warning"
+        )
 
     # ---- the loop of events and orders ----
 
@@ -210,8 +311,20 @@ class Kernel:
         self.carry_out(orders)
 
     def carry_out(self, orders: list[ev.Order]) -> None:
+        cause = self.dmesg.current()
         for order in orders:
-            self._executors[type(order)](order)
+            if isinstance(order, ev.Record) and order.what == "backoff" and cause is not None:
+                self.comes_back[order.pid] = cause
+            if isinstance(order, ev.SETTING_OFF) and cause is not None:
+                again = None
+                if isinstance(order, ev.StartWorker):
+                    again = self.comes_back.pop(order.pid, None)
+                self.last_cause[order.worker_id] = again or cause
+            EXECUTORS[type(order)](self, order)
+
+    def later(self, event: ev.Event) -> None:
+        """Post an event after the one that is being carried out."""
+        self._loop.call_soon(self.post, event)
 
     def _tell(self, event: DriverEvent) -> None:
         self.inbox.take(event)
@@ -241,8 +354,9 @@ class Kernel:
 
     def wake_at(self, at: float) -> None:
         """One timer, for the earliest moment that the core wants to be asked again."""
-        if at in self._alarms or self._closing:
+        if at in self._alarms_at or self._closing:
             return
+        self._alarms_at.add(at)
         heapq.heappush(self._alarms, at)
         if self._alarms[0] == at:
             self._set_timer()
@@ -256,8 +370,9 @@ class Kernel:
     def _on_timer(self) -> None:
         self._timer, now = None, self.now()
         while self._alarms and self._alarms[0] <= now:
-            heapq.heappop(self._alarms)
-        self.post(ev.Clock())
+            self._alarms_at.discard(heapq.heappop(self._alarms))
+        with self.dmesg.because(self.dmesg.cause("clock", "a moment had come")):
+            self.post(ev.Clock())
         if self._timer is None and self._alarms:
             self._set_timer()
 
@@ -302,7 +417,7 @@ class Kernel:
             user=user_name(os.getuid()), uid=os.getuid(), submitted_at=self.now(), name=name,
             role=Role.SERVICE, restart="always",
         )  # fmt: skip
-        self.service_pids[name] = proc.pid
+        self.services.pids[name] = proc.pid
         self.post(ev.Submitted(proc))
         self.post(ev.Planned(proc.pid, []))
 
@@ -310,40 +425,26 @@ class Kernel:
         schema: dict[str, Any] = self.manifest["programs"][program]
         return schema
 
-    async def plan(self, schema: dict[str, Any], proc: Process) -> list[dict[str, Any]]:
-        """Have a driver's planner predict the footprint. Raises what the program raised."""
-        device = proc.device_wanted
-        if device not in self.devices:  # not asked for, or of an earlier kernel
-            device = next(iter(self.devices))
-        self._tickets += 1
-        ticket = self._tickets
-        future: asyncio.Future[list[dict[str, Any]]] = self._loop.create_future()
-        self.plans[ticket] = future
-        self.devices[device][1].plan(ticket, schema["entry"], proc.args)
-        try:
-            return await future
-        finally:
-            self.plans.pop(ticket, None)
-
-    def planned(self, ticket: int, segments: list[dict[str, Any]] | None, error: Any) -> None:
-        future = self.plans.get(ticket)
-        if future is None or future.done():
-            return
-        if error is not None:
-            future.set_exception(from_wire(error))
-        else:
-            future.set_result(segments or [])
-
-    def spec_of(self, proc: Process, worker_id: str, device: str) -> WorkerSpec:
-        work = self.home.work(proc.pid)
-        work.mkdir(parents=True, exist_ok=True, mode=0o700)
-        service = ""
+    def spec_of(self, proc: Process, worker_id: str, devices: tuple[str, ...]) -> WorkerSpec:
+        work, user = self.work_of(proc), access.drop_to(proc.uid)
+        service, memory_bytes = "", 0
         if proc.role is Role.SERVICE:
             service = f"{proc.args['service']}={proc.args['entry']}"
+            memory_bytes = self.services.memory_bytes(proc.args["service"])
         return WorkerSpec(
-            worker_id, device, self.home.worker(worker_id), work / "log", self.home.path,
-            proc.cwd, proc.env, service,
+            worker_id, devices[0] if devices else "", self.home.worker(worker_id), work / "log",
+            self.home.path, proc.cwd, proc.env, service, user, memory_bytes, devices,
+            alone_s=self.config.alone_s,
         )  # fmt: skip
+
+    def work_of(self, proc: Process) -> Path:
+        """The folder of a process, made if need be; it is its user's."""
+        work = self.home.work(proc.pid)
+        work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        user = access.drop_to(proc.uid)
+        if user is not None:
+            os.chown(work, user["uid"], user["gid"], follow_symlinks=False)
+        return work
 
     def driver_of(self, worker_id: str) -> Driver:
         device = self.core.m.workers[worker_id].device
@@ -352,35 +453,79 @@ class Kernel:
 
     # ---- in the background ----
 
-    async def _make_manifest(self) -> None:
-        """Read the cached manifest at once, have it checked, read it again if it was made."""
-        with contextlib.suppress(OSError, ValueError):
-            self.manifest = json.loads(self.home.manifest.read_text())
-            self.manifest_ready.set()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "llmos.services.manifest", str(self.home.manifest),
-            stdout=asyncio.subprocess.PIPE, cwd="/",
-        )  # fmt: skip
-        try:
-            out, _ = await process.communicate()
-        except asyncio.CancelledError:  # the kernel ends before it has begun
-            process.kill()
-            await process.wait()
-            raise
-        if process.returncode == 0 and out.strip() == b"made":
-            self.manifest = json.loads(self.home.manifest.read_text())
-        for text in self.manifest.get("errors", []):
-            log(f"plugin left out: {text}")
-        self.manifest_ready.set()
+    def journaled(self, proc: Process) -> bool:
+        """Does its row belong on the disk? A service is made anew at each boot. An attached
+        generation is known to its engine and its client; without an engine it would be to nobody.
+        """
+        if proc.role is Role.GUEST and proc.attached and proc.live:
+            engine = self.core.m.engine_of(proc)
+            worker = self.core.m.worker_of(engine) if engine is not None else None
+            return worker is None or not worker.up
+        return proc.role is not Role.SERVICE
+
+    def forget_old(self) -> None:
+        """Ended processes go after a while; but nobody whom somebody waits for or reads."""
+        held = self._changed.keys() | self.growth.waited_for()
+        pids = retention.choose(self.core.m, self.now(), held)
+        if pids:
+            log(f"{len(pids)} processes that ended long ago are forgotten")
+            self.post(ev.Expired(tuple(pids)))
+
+    def _write_journal_anew(self) -> None:
+        """The file is damaged or gone: everything that belongs into it is in the table."""
+        log(f"{self.journal.failed}; it is written anew, the old one goes to lost+found")
+        table = [
+            (proc, self.worker_rows.get(proc.pid, {}))
+            for proc in self.core.m.procs.values() if self.journaled(proc)
+        ]  # fmt: skip
+        self.journal.write_anew(table)
+
+    def _row_refused(self, pid: int, why: str) -> None:
+        """It cannot be kept as it is: the process ends, and what is left of it is small."""
+        proc = self.core.m.procs.get(pid)
+        if proc is None:
+            return
+        log(f"the row of process {pid} cannot be written ({why}): it is left out")
+        proc.inputs.clear()
+        if proc.live:
+            self.post(ev.GivenUp(pid, f"its row in the journal cannot be written: {why}"))
+        elif proc.args or proc.env or proc.result:
+            proc.args, proc.env, proc.result = {}, {}, {}
+            self.carry_out([ev.Save(pid)])
+
+    async def _keep_house(self) -> None:
+        """Look at the disk, and now and then at who may be forgotten."""
+        forgot_at = -math.inf
+        while True:
+            self.health.look()
+            if self.now() - forgot_at >= retention.EVERY_S:
+                forgot_at = self.now()
+                self.forget_old()
+            await asyncio.sleep(LOOK_S)
 
     async def _measure_for_ever(self) -> None:
-        while True:
+        for passes in itertools.count(1):
             await self.measure()
+            if passes % SAVE_EVERY == 0:
+                self.planner.save()
             # Reading the pages of a large process takes milliseconds: less often when idle.
             for queue in self.core.m.devices.values():
                 queue.load(self.now())  # keeps its marks, so that the first who asks is told
-            working = any(q.lease is not None for q in self.core.m.devices.values())
+            working = any(q.leases for q in self.core.m.devices.values())
             await asyncio.sleep(self.config.measure_s * (1 if working else IDLE_MEASURE))
+
+    async def _trim_for_ever(self) -> None:
+        """Logs are kept to their size. A worker writes its own file, so it is looked at."""
+        while True:
+            await asyncio.sleep(LOOK_AT_LOGS_S)
+            most = self.config.log_size
+            for worker in list(self.core.m.workers.values()):
+                log_path = self.home.work(worker.pid) / "log"
+                if trim(log_path, most) and worker.pid not in self._trimmed:
+                    self._trimmed.add(worker.pid)
+                    self.dmesg.write("log-trimmed", worker.pid, f"kept to {most:,} bytes")
+            for path in self.home.path.glob("*.log"):  # the kernel's and its zygotes'
+                trim(path, most)
 
     async def measure(self) -> None:
         """One pass over the memory of every device."""
@@ -393,29 +538,42 @@ class Kernel:
             by_pid = {pid_of[w]: n for w, n in found.items() if w in pid_of}
             if name == next(iter(self.devices)):
                 by_pid[SYSTEM_PID] = sample.system_bytes
-            self.post(ev.Measured(name, by_pid, sample.available_bytes, sample.foreign_bytes))
+            with self.dmesg.because(self.dmesg.cause("measured", name)):
+                self.post(ev.Measured(name, by_pid, sample.available_bytes, sample.foreign_bytes))
 
-    def record(self, what: str, pid: int, why: str, by: int) -> None:
-        self.record_seq += 1
-        self.records.append(
-            {"seq": self.record_seq, "at": self.now(), "what": what, "pid": pid, "why": why,
-             "by": by or None}
-        )  # fmt: skip
-
-    def shown(self, proc: Process) -> dict[str, Any]:
+    def shown(self, proc: Process, client: Connection) -> dict[str, Any]:
         """A process as `ps` shows it: a guest has the worker of its engine."""
         row = proc.to_wire()
         if proc.role is Role.GUEST and proc.live:
             engine = self.core.m.engine_of(proc)
             row["worker_id"] = engine.worker_id or None if engine is not None else None
+        worker = self.core.m.workers.get(row["worker_id"] or "")
+        row["os_pid"] = worker.os_pid or None if worker is not None else None
         row["log"] = str(self.home.work(proc.pid) / "log")
-        return row
+        return access.masked(client, proc, row)
 
     def hang_up(self, pid: int) -> None:
         """The client that an attached process belonged to is gone."""
         proc = self.core.m.procs.get(pid)
         if proc is not None and proc.live and not self.core.m.shutting_down:
-            self.post(ev.KillAsked(pid, 1))
+            with self.dmesg.because(self.dmesg.cause("hang-up", "its client has gone", pid)):
+                self.post(ev.KillAsked(pid, 1))
+
+    def await_owner(self, pid: int, at_most_s: float = OWNER_S) -> None:
+        """An attached process without a connection ends, unless its client comes back for it."""
+        self.has_owner(pid)
+        self.ownerless[pid] = self._loop.call_later(at_most_s, self._give_up, pid)
+
+    def has_owner(self, pid: int) -> None:
+        """Its client has come back for it."""
+        timer = self.ownerless.pop(pid, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _give_up(self, pid: int) -> None:
+        del self.ownerless[pid]
+        if not self._closing:
+            self.hang_up(pid)
 
     def report(self, exc: BaseException | None) -> None:
         """A bug of ours: into the log, with everything."""
@@ -423,7 +581,14 @@ class Kernel:
             log("".join(traceback.format_exception(exc)))
 
     def clean_worker(self, worker_id: str) -> None:
-        shutil.rmtree(self.home.worker(worker_id), ignore_errors=True)
+        self.last_cause.pop(worker_id, None)
+        self._remove(self.home.worker(worker_id), 3)
+
+    def _remove(self, folder: Path, again: int) -> None:
+        """Its zygote may be writing into it at this very moment: then a little later."""
+        shutil.rmtree(folder, ignore_errors=True)
+        if again and folder.exists():
+            self._loop.call_later(1.0, self._remove, folder, again - 1)
 
 
 def engine_name(model: str, asked: str) -> str:
@@ -432,10 +597,3 @@ def engine_name(model: str, asked: str) -> str:
     if not folder.endswith("/checkpoints"):
         return last or asked
     return f"{asked}@{int(last.removeprefix('step-'))}"
-
-
-def user_name(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -1,6 +1,7 @@
 """The kernel's own process: bring the machine up in this order; it goes down in reverse.
 
     python -P -m llmos.kernel.main --home HOME [--device SPEC]... [--policy NAME]
+                                   [--batch-share X] [--group NAME]
 
 `llmos boot` starts it. The last line on stderr says why it could not start.
 """
@@ -12,11 +13,14 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import os
+import re
 import signal
 import sys
 from pathlib import Path
 
 from llmos.kernel import config
+from llmos.kernel.access import group_of
 from llmos.kernel.errors import Busy, LlmosError
 from llmos.kernel.home import Home
 from llmos.kernel.kernel import Kernel
@@ -30,6 +34,7 @@ EXIT_BUSY = 75  # another kernel serves this home
 
 async def run(cfg: config.Config, home: Home) -> None:
     config.check(cfg)
+    serve_group(cfg, home)
     drivers = config.drivers_of(cfg)  # which devices there are
     kernel = Kernel(cfg, home, drivers)
     await kernel.open()  # the books, and the table as the journal has it
@@ -44,6 +49,25 @@ async def run(cfg: config.Config, home: Home) -> None:
         client.close()
     await kernel.close()
     log("the kernel has ended")
+
+
+# What members' processes may have of the environment of a group's kernel, which is root's.
+KEPT_VARIABLES = re.compile(
+    r"PATH|LANG|TZ|LD_LIBRARY_PATH|TMPDIR|(HTTPS?|NO|ALL)_PROXY|(https?|no|all)_proxy"
+    r"|LC_\w+|HF_HOME|HF_HUB_\w+|CUDA_\w+|NVIDIA_\w+|NCCL_\w+|OMP_\w+|MKL_\w+|LLMOS_\w+|GLIBC_\w+"
+)
+
+
+def serve_group(cfg: config.Config, home: Home) -> None:
+    """Open the home to the members of a group, if there is to be one. Raises NotAllowed,
+    NoSuchThing, HomeUnusable."""
+    group = group_of(cfg.group)
+    if group is None:
+        return
+    home.open_to(group)
+    for name in list(os.environ):
+        if not KEPT_VARIABLES.fullmatch(name):
+            del os.environ[name]
 
 
 def stop_on_signals(kernel: Kernel) -> None:
@@ -67,15 +91,21 @@ def adopt_orphans() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="llmos-kernel")
     parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--device", action="append", default=[])
-    parser.add_argument("--policy", default="eevdf")
-    given = parser.parse_args()
-    home = Home(given.home.absolute())
+    # Flags that were not given are not in `given`: then config.toml decides, then the default.
+    parser.add_argument("--device", action="append", dest="devices")
+    parser.add_argument("--policy")
+    parser.add_argument("--batch-share", type=float)
+    parser.add_argument("--group")
+    given = vars(parser.parse_args())
+    flags = {name: value for name, value in given.items() if value is not None}
+    home = Home(flags.pop("home").absolute())
+    if "devices" in flags:
+        flags["devices"] = tuple(flags["devices"])
     try:
         home.prepare()
         with home.held():
             adopt_orphans()
-            asyncio.run(run(config.Config(home.path, tuple(given.device), given.policy), home))
+            asyncio.run(run(config.load(home.path, flags), home))
     except Busy as exc:
         return fail(exc, EXIT_BUSY)
     except LlmosError as exc:

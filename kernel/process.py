@@ -50,7 +50,8 @@ _S = State
 MOVES: dict[State, frozenset[State]] = {
     _S.NEW: frozenset({_S.PLANNING, _S.WAITING, _S.EXITED}),
     _S.PLANNING: frozenset({_S.WAITING, _S.EXITED}),
-    _S.WAITING: frozenset({_S.STARTING, _S.READY, _S.PAUSED, _S.STOPPING, _S.EXITED}),
+    _S.WAITING: frozenset({_S.STARTING, _S.READY, _S.PAUSED, _S.STOPPING, _S.BACKOFF,
+                           _S.EXITED}),
     _S.STARTING: frozenset({_S.READY, _S.RUNNING, _S.WAITING, _S.PAUSED, _S.BACKOFF,
                             _S.STOPPING, _S.EXITED}),
     _S.READY: frozenset({_S.RUNNING, _S.WAITING, _S.PAUSED, _S.STOPPING, _S.BACKOFF, _S.EXITED}),
@@ -58,9 +59,9 @@ MOVES: dict[State, frozenset[State]] = {
                            _S.BACKOFF, _S.EXITED}),
     _S.PREEMPTED: frozenset({_S.RUNNING, _S.WAITING, _S.PAUSED, _S.STOPPING, _S.BACKOFF,
                              _S.EXITED}),
-    _S.PAUSED: frozenset({_S.READY, _S.WAITING, _S.STOPPING, _S.BACKOFF, _S.EXITED}),
+    _S.PAUSED: frozenset({_S.STARTING, _S.READY, _S.WAITING, _S.STOPPING, _S.BACKOFF, _S.EXITED}),
     _S.BACKOFF: frozenset({_S.WAITING, _S.PAUSED, _S.EXITED}),
-    _S.STOPPING: frozenset({_S.WAITING, _S.PAUSED, _S.EXITED}),
+    _S.STOPPING: frozenset({_S.WAITING, _S.READY, _S.PAUSED, _S.BACKOFF, _S.EXITED}),
     _S.EXITED: frozenset(),
 }  # fmt: skip
 
@@ -123,30 +124,47 @@ class Process:
     cwd: str = ""
     env: dict[str, str] = field(default_factory=dict)
     attached: bool = False
-    restart: str = "no"
+    restart: str = "no"  # as kernel/restarts.py reads it
+    hang_s: float | None = None  # without a sign of life it hangs after so long; 0: never
     has_checkpoint: bool = False
     engine_key: str = ""  # guests and their engine share it
+    gang: int = 1  # how many devices it wants, all or none
+    profile_key: str = ""  # what its memory and its speed are remembered by
+    declared: bool = False  # its user said what it takes: measured less does not lower it
+    may_shrink: bool = False  # its micro-batch may be made smaller when memory is short
+    lanes: int = 0  # of a CPU device that it can use; 0: all
 
     # A person may change these at any time.
     cls: Class = Class.BATCH
     nice: int = 0
+    deadline_at: float | None = None
 
     # Only the core writes these.
     state: State = State.NEW
     residency: Residency = Residency.NONE
     reason: str = ""
     exit_status: int | None = None
-    device: str = ""
+    devices: tuple[str, ...] = ()
     worker_id: str = ""
     engine_pid: int = 0  # of a guest
     awaits_input: bool = False  # a guest between two turns
+    inputs: list[dict[str, Any]] = field(default_factory=list)  # of a detached one: open
     segments: list[dict[str, Any]] = field(default_factory=list)  # as planned
     started_at: float | None = None
     ended_at: float | None = None
     device_seconds: float = 0.0
     preemptions: int = 0
     restarts: int = 0
+    failures: int = 0  # in a row
     next_start_at: float | None = None
+    waiting_since: float = 0.0  # for memory
+    in_line_before: bool = False
+    predicted_s: float | None = None  # device-seconds that it still needs, if that is known
+    out_of_memory: int = 0  # how often it was put back with a larger promise
+    moves: int = 0  # how often it was moved out of memory
+    move_s: float = 0.0  # the most that a move out and back has taken, in seconds
+    move_error: str = ""  # why its memory could not be moved, when it was asked for last
+    watched_at: float = 0.0  # when its deadline is looked at again
     story: list[tuple[float, str, str]] = field(default_factory=list)
 
     # Reported by the worker, so possibly stale: never decided on alone.
@@ -156,14 +174,28 @@ class Process:
     result: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def segments_bytes(self) -> int:
+        """What it was planned to need on each of its devices."""
+        return sum(int(s["bytes"]) for s in self.segments)
+
+    @property
+    def device(self) -> str:
+        """The first of its devices; empty when it has none."""
+        return self.devices[0] if self.devices else ""
+
+    @property
     def live(self) -> bool:
         return self.state is not State.EXITED
 
-    def move(self, to: State, why: str, now: float, reason: str = "") -> None:
-        """Change the state by the table. `reason` is what `ps` shows while it lasts."""
+    def move(self, to: State, why: str, now: float, reason: str = "", told: bool = True) -> None:
+        """Change the state by the table. `reason` is what `ps` shows while it lasts.
+
+        Not `told`: the story leaves it out. Turns come every half second, for days.
+        """
         if to not in MOVES[self.state]:
             raise KernelBug(f"process {self.pid} cannot go from {self.state} to {to} ({why})")
-        self.tell(now, str(to), why)
+        if told:
+            self.tell(now, str(to), why)
         self.state = to
         self.reason = reason
 
@@ -194,7 +226,9 @@ class Process:
             "reason": self.reason,
             "class": self.cls.word,
             "nice": self.nice,
-            "device": self.device or None,
+            "device": "+".join(self.devices) or None,
+            "devices": self.gang,
+            "deadline_at": self.deadline_at,
             "device_seconds": round(self.device_seconds, 6),
             "submitted_at": self.submitted_at,
             "started_at": self.started_at,
@@ -210,6 +244,7 @@ class Process:
             "progress": dict(self.progress),
             "preemptions": self.preemptions,
             "restarts": self.restarts,
+            "next_start_at": self.next_start_at,
             "checkpoint": self.checkpoint,
             "result": self.result,
         }

@@ -20,6 +20,10 @@ from llmos.kernel.errors import BadArgument, ProtocolError
 
 VERSION = 1
 
+# Nobody nests arguments so deep; what prints, packs or walks them may recurse.
+MAX_DEPTH = 32
+_PLAIN = (str, int, float, bool, bytes, type(None))
+
 
 @dataclass(frozen=True, slots=True)
 class Ping:
@@ -53,7 +57,12 @@ class Explain:
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """-> the manifest: {programs: {name: schema}, services: {...}, errors: [...]}"""
+    """-> the manifest: {programs: {name: schema}, services, sources, optimizers, errors, broken}.
+
+    It may be that of the last boot; with `checked` it is that of what is installed now.
+    """
+
+    checked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +78,11 @@ class Submit:
     cwd: str = ""
     env: dict[str, str] = field(default_factory=dict)
     attached: bool = False  # kill the process when the client's connection goes
-    restart: str = "no"  # no, on-failure or always
+    restart: str = "no"  # no, on-failure, on-failure:N or always
+    hang_s: float | None = None  # without a sign of life it hangs after so long; 0: never
+    deadline_s: float = 0.0  # be done in so many seconds from now; 0: whenever
     dry_run: bool = False
+    any_size: bool = False  # with dry_run: answer also what no device here could hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +99,27 @@ class Kill:
 
 @dataclass(frozen=True, slots=True)
 class Renice:
-    """-> {pid, nice}. Lower is more important, -20...19."""
+    """-> {pid, nice, class, deadline_at}. Lower is more important, -20...19.
+
+    What is not given stays. `deadline_s` counts from now; 0 takes a deadline away.
+    """
 
     pid: int
-    nice: int
+    nice: int | None = None
+    cls: str | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Take the device from a process until `resume` -> {pid, state}. Its memory stays."""
+    """Take the device from a process until `resume` -> {pid, state, freed_bytes, seconds}.
+
+    Its memory stays, unless `release`: then it is checkpointed or moved to the host, and the
+    answer comes when the device reports the memory free.
+    """
 
     pid: int
+    release: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +148,14 @@ class Attach:
 
     Each item's `offset` is where the next record begins: a client that comes back gives it
     and misses nothing. With `follow` it goes on until the process has ended and answers
-    what Wait does; without, it stops at the last record and answers {offset}.
+    what Wait does; without, it stops at the last record and answers {offset}. With `own` the
+    process ends with this connection: who submitted it as attached comes back for it so.
     """
 
     pid: int
     offset: int = 0
     follow: bool = True
+    own: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +170,15 @@ class Logs:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Give input to a process that waits for it (the next turn of a chat) -> {pid}."""
+    """Give input to a process that waits for it (the next turn of a chat) -> {pid}.
+
+    What is given twice with the same `key` is taken once: a client whose kernel died before it
+    answered may ask again.
+    """
 
     pid: int
     message: dict[str, Any]
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +192,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`ls` -> [{name state pid os_pid restarts since summary calls}]; `restart` -> {name, pid}."""
+    """`ls` -> [{name state why next_start_at pid os_pid restarts since memory_bytes calls ...}].
+
+    `start`, `stop`, `restart`, `enable` (start it at boot, too), `disable` NAME -> {name}, when it
+    took effect. `reload` looks for what was installed, removed or changed, and starts, stops and
+    restarts services accordingly -> {added, removed, changed, broken}.
+    """
 
     action: str = "ls"
     name: str = ""
@@ -180,17 +214,34 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
+class Dmesg:
+    """Stream the kernel's own log -> items {offset, line}, oldest first.
+
+    A line has seq, at, level (debug, info, warning, error), what, pid, why, by and cause: the
+    number that it has in common with all that the same thing set off. `since` is a line's number,
+    `tail` (0 and more) how many of the last to begin with.
+    """
+
+    since: int = 0
+    pid: int = 0
+    cause: int = 0
+    level: str = "info"
+    tail: int = -1
+    follow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Checkpoint and stop every worker, then end -> {stopped: n, checkpoints: n}."""
 
 
 Request = (
     Ping | Status | Ps | Mem | Explain | Programs | Submit | Kill | Renice | Pause | Resume
-    | Checkpoint | Wait | Attach | Logs | Send | Call | Services | Events | Shutdown
+    | Checkpoint | Wait | Attach | Logs | Send | Call | Services | Events | Dmesg | Shutdown
 )  # fmt: skip
 
 REQUESTS: dict[str, type[Any]] = {cls.__name__.lower(): cls for cls in get_args(Request)}
-STREAMING = frozenset({"attach", "logs"})
+STREAMING = frozenset({"attach", "logs", "dmesg"})
 
 
 def encode(request: Request, request_id: int) -> dict[str, Any]:
@@ -207,6 +258,8 @@ def decode(message: Any) -> tuple[int, Request]:
     """Check a request and build it. ProtocolError: not a request; BadArgument: a wrong field."""
     if not isinstance(message, dict) or not isinstance(message.get("id"), int):
         raise ProtocolError("a request is a map with an integer `id`")
+    if not _is_plain(message):
+        raise ProtocolError(f"a request is plain maps, lists, texts and numbers, {MAX_DEPTH} deep")
     name, args = message.get("call"), message.get("args", {})
     cls = REQUESTS.get(name) if isinstance(name, str) else None
     if cls is None:
@@ -228,6 +281,26 @@ def decode(message: Any) -> tuple[int, Request]:
         raise BadArgument(f"{name} needs {', '.join(missing)}") from None
 
 
+def _is_plain(value: Any) -> bool:
+    """Only what MessagePack has without extensions, and not nested too deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                if not all(isinstance(key, _PLAIN) for key in item):
+                    return False
+                inner.extend(item.values())
+            elif isinstance(item, list):
+                inner.extend(item)
+            elif not isinstance(item, _PLAIN):
+                return False
+        if not inner:
+            return True
+        level = inner
+    return False
+
+
 def _default(f: dataclasses.Field[Any]) -> Any:
     if f.default_factory is not dataclasses.MISSING:
         return f.default_factory()
@@ -245,15 +318,19 @@ def _is(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(isinstance(k, str) for k in value)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        # NaN compares with nothing: in a heap of timers it would hide the others.
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    if hint is int:  # as wide as a file offset
+        return isinstance(value, int) and not isinstance(value, bool) and -_WIDE <= value < _WIDE
     return isinstance(value, hint)
 
 
 def _show(hint: Any) -> str:
     names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("nothing" if h is type(None) else _show(h) for h in get_args(hint))
     return names.get(hint, "a map" if get_origin(hint) is dict else str(hint))
 
 
+_WIDE = 1 << 63
 _CHECKS: dict[type[Any], dict[str, Any]] = {cls: get_type_hints(cls) for cls in REQUESTS.values()}

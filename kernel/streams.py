@@ -7,7 +7,9 @@ bytes. Nothing is buffered per reader but one piece: a slow reader is read for m
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ from llmos.kernel.wire import MAX_FRAME_BYTES, unpack
 
 _HEADER = struct.Struct(">I")
 PIECE_BYTES = 64 * 1024
+TAIL_BYTES = 8 << 20  # the most that is looked through for the last lines of a log
+
+# fallocate(2): a hole takes no room and reads as zeros; it is made of whole blocks.
+KEEP_SIZE, PUNCH_HOLE = 1, 2
+BLOCK_BYTES = 4096
 
 
 class Growth:
@@ -24,6 +31,9 @@ class Growth:
 
     def __init__(self) -> None:
         self._waiting: dict[int, list[asyncio.Future[None]]] = {}
+
+    def waited_for(self) -> set[int]:
+        return set(self._waiting)
 
     def grown(self, pid: int) -> None:
         for future in self._waiting.pop(pid, ()):
@@ -48,14 +58,92 @@ class Growth:
                     del self._waiting[pid]
 
 
+def open_plain(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file that a process has written into its own folder.
+
+    Raises FileNotFoundError when there is none, and for all that a user could put there to have
+    the kernel read or write something else in his place: a link, a pipe, another's file.
+    """
+    fd = -1
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        found = os.fstat(fd)
+        own = found.st_uid == os.stat(path.parent).st_uid and found.st_nlink == 1
+        if stat.S_ISREG(found.st_mode) and own:
+            return fd
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        if exc.errno not in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR):
+            raise
+    if fd >= 0:
+        os.close(fd)
+    raise FileNotFoundError(errno.ENOENT, "no plain file of its own", str(path))
+
+
 def read_bytes(path: Path, offset: int, most: int = PIECE_BYTES) -> bytes:
     """Up to `most` bytes at `offset`; b"" at the end, or when there is no file yet."""
     try:
-        with path.open("rb") as f:
-            f.seek(offset)
-            return f.read(most)
+        fd = open_plain(path)
     except FileNotFoundError:
         return b""
+    try:
+        # Beyond what a file can have the system would call it an error.
+        return os.pread(fd, most, offset) if offset < os.fstat(fd).st_size else b""
+    finally:
+        os.close(fd)
+
+
+def trim(path: Path, most: int) -> int:
+    """Take the beginning of a log from the disk when more than `most` bytes of it lie there
+    -> how many went.
+
+    What is left keeps its offsets: the beginning becomes a hole, which takes no room. On a file
+    system without holes the log begins anew, empty.
+    """
+    try:
+        fd = open_plain(path, os.O_RDWR)
+    except FileNotFoundError:
+        return 0
+    try:
+        found = os.fstat(fd)
+        there = found.st_blocks * 512
+        if there <= most:
+            return 0
+        cut = (found.st_size - most // 2) // BLOCK_BYTES * BLOCK_BYTES
+        if cut <= 0:
+            return 0
+        if _punch(fd, cut):
+            return there - os.fstat(fd).st_blocks * 512
+        os.ftruncate(fd, 0)
+        return there
+    finally:
+        os.close(fd)
+
+
+def _punch(fd: int, end: int) -> bool:
+    """Make the first `end` bytes of a file a hole; False where the file system has none."""
+    import ctypes  # here: few kernels ever need it
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    where = (ctypes.c_int64(0), ctypes.c_int64(end))
+    return bool(libc.fallocate64(fd, KEEP_SIZE | PUNCH_HOLE, *where) == 0)
+
+
+def first_data(path: Path, offset: int) -> int:
+    """Where a log goes on at or after `offset`: past what was trimmed; 0 when it began anew."""
+    try:
+        fd = open_plain(path)
+    except FileNotFoundError:
+        return offset
+    try:
+        if offset > os.fstat(fd).st_size:
+            return 0
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError:  # nothing but a hole, or the end
+        return offset
+    finally:
+        os.close(fd)
 
 
 def read_records(path: Path, offset: int) -> tuple[list[tuple[int, dict[str, Any]]], int]:
@@ -85,13 +173,15 @@ def read_records(path: Path, offset: int) -> tuple[list[tuple[int, dict[str, Any
 def tail_offset(path: Path, lines: int) -> int:
     """Where the last `lines` lines of a log begin."""
     try:
-        size = os.stat(path).st_size
+        fd = open_plain(path)
     except FileNotFoundError:
         return 0
+    size = os.fstat(fd).st_size
+    os.close(fd)
     if lines == 0:
         return size
-    # A line of a log is short; a megabyte of them is more than anybody asks for.
-    start = max(0, size - max(1 << 20, lines * 200))
+    # A line of a log is short; some megabytes of them are more than anybody asks for.
+    start = max(0, size - min(TAIL_BYTES, max(1 << 20, lines * 200)))
     data = read_bytes(path, start, size - start)
     pieces = data.splitlines(keepends=True)[-lines:]
     return size - sum(map(len, pieces))

@@ -48,8 +48,13 @@ def unpack(body: bytes | memoryview) -> Any:
     """The value of one frame without its header; ProtocolError when it is not MessagePack."""
     try:
         return _unpackb(body, raw=False, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException) as exc:
-        raise ProtocolError(f"a frame is not MessagePack ({exc})") from None
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as exc:
+        why = str(exc) or type(exc).__name__  # a map with a list as its key; too deep
+        raise ProtocolError(f"a frame is not MessagePack ({why})"[:300]) from None
+
+
+# What `pop` gives when no frame is complete: None is a value.
+NOTHING: Any = object()
 
 
 class Unpacker:
@@ -59,6 +64,25 @@ class Unpacker:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+
+    def __len__(self) -> int:
+        """Bytes that were pushed and not yet popped."""
+        return len(self._buffer)
+
+    def push(self, data: bytes) -> None:
+        """Take bytes, to be popped value by value: for who may not take all of them at once."""
+        self._buffer += data
+
+    def pop(self) -> Any:
+        """The next value, or NOTHING. Raises ProtocolError on a bad frame."""
+        if len(self._buffer) < 4:
+            return NOTHING
+        end = 4 + self._size(self._buffer, 0)
+        if len(self._buffer) < end:
+            return NOTHING
+        body = bytes(self._buffer[4:end])
+        del self._buffer[:end]
+        return unpack(body)
 
     def feed(self, data: bytes) -> Iterator[Any]:
         """Yield each value that `data` completes. Raises ProtocolError on a bad frame."""

@@ -9,8 +9,13 @@ call at a time, so that a service needs no locks.
         summary = "Forecasts"
 
         @call
-        def forecast(self, city: str, days: int = 1) -> dict[str, Any]:
+        def forecast(self, city: Annotated[str, "a city"], days: int = 1) -> dict[str, Any]:
             "The forecast for a city."
+            place = self.call("places.find", name=city)
+
+        @call(limit_s=600)
+        def download(self) -> None:
+            "All of it; takes minutes."
 """
 
 from __future__ import annotations
@@ -18,17 +23,42 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, overload
 
-from llmos.kernel.errors import BadArgument, NoSuchThing
+from llmos.kernel.errors import BadArgument, NoSuchThing, ServiceFailed
+from llmos.kernel.units import parse_bytes
+from llmos.services.call_types import describe_arguments
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# A call that takes longer has hung: its service is started anew.
+CALL_LIMIT_S = 30.0
 
-def call(method: F) -> F:
-    """Mark a method of a service as callable by clients, programs and other services."""
-    method.__llmos_call__ = True  # type: ignore[attr-defined]
-    return method
+# What a service may have of private memory, unless it or the configuration says otherwise.
+MEMORY_BYTES = 1024**3
+
+
+@overload
+def call(method: F, /) -> F: ...
+@overload
+def call(*, limit_s: float) -> Callable[[F], F]: ...
+def call(method: F | None = None, /, *, limit_s: float | None = None) -> F | Callable[[F], F]:
+    """Mark a method of a service as callable by clients, programs and other services.
+
+    `limit_s`: after so long the call has hung, and the service is started anew.
+    """
+
+    def mark(fn: F) -> F:
+        fn.__llmos_call__ = {"limit_s": limit_s}  # type: ignore[attr-defined]
+        return fn
+
+    return mark if method is None else mark(method)
+
+
+class Caller(Protocol):
+    """How a service reaches others: the host's line to the kernel."""
+
+    def __call__(self, method: str, arguments: dict[str, Any], limit_s: float | None) -> Any: ...
 
 
 class Service:
@@ -36,6 +66,17 @@ class Service:
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    # It touches files that its callers name. On a machine of several users each call is then made
+    # in a child that has become its caller; what it changes in memory is lost, and the child
+    # counts whole for `memory`.
+    as_caller: ClassVar[bool] = False
+    memory: ClassVar[int | str] = MEMORY_BYTES  # bytes, or a size as in "2GiB"
+    limit_s: ClassVar[float] = CALL_LIMIT_S  # of each call that names none of its own
+    # Others cannot do without it: it can be restarted, and not be stopped.
+    essential: ClassVar[bool] = False
+
+    # Set by the host before there is an instance; by a test to what should answer instead.
+    caller: ClassVar[Caller | None] = None
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -43,39 +84,51 @@ class Service:
     def close(self) -> None:
         """The host is about to end."""
 
+    def call(self, method: str, /, *, limit_s: float | None = None, **arguments: Any) -> Any:
+        """Call another service ("models.ls"); only inside a call or the constructor.
+
+        Waits at most `limit_s` (default: as long as that call may take). Meanwhile this service's
+        own limit does not run. Raises what the other one raised; ServiceFailed where it would come
+        back to a service that waits for this call.
+        """
+        caller = type(self).caller
+        if caller is None:
+            raise ServiceFailed(
+                f"service {self.name} has no kernel to call {method} through",
+                "in a test set Service.caller to a function that answers",
+            )
+        return caller(method, arguments, limit_s)
+
 
 def calls_of(cls: type[Service]) -> dict[str, Callable[..., Any]]:
     """The methods of a service that may be called, by name."""
     return {
         name: member
         for name, member in inspect.getmembers(cls, inspect.isfunction)
-        if getattr(member, "__llmos_call__", False)
+        if getattr(member, "__llmos_call__", None)
     }
 
 
 def describe(cls: type[Service]) -> dict[str, Any]:
-    """The calls of a service as plain data, for the manifest."""
+    """A service and its calls as plain data, for the manifest. Raises TypeError, BadArgument."""
+    if not (isinstance(cls, type) and issubclass(cls, Service)):
+        raise TypeError(f"{cls!r} is no llmos.services.base.Service")
+    memory = cls.memory
     return {
         "name": cls.name,
         "summary": cls.summary,
-        "calls": {name: _describe_call(fn) for name, fn in calls_of(cls).items()},
+        "memory_bytes": parse_bytes(memory) if isinstance(memory, str) else int(memory),
+        "essential": cls.essential,
+        "calls": {name: _describe_call(cls, fn) for name, fn in calls_of(cls).items()},
     }
 
 
-def _describe_call(fn: Callable[..., Any]) -> dict[str, Any]:
-    hints = get_type_hints(fn)
-    parameters = list(inspect.signature(fn).parameters.values())[1:]
+def _describe_call(cls: type[Service], fn: Callable[..., Any]) -> dict[str, Any]:
+    limit_s = fn.__llmos_call__["limit_s"]  # type: ignore[attr-defined]
     return {
         "help": (inspect.getdoc(fn) or "").split("\n")[0],
-        "args": [
-            {
-                "name": p.name,
-                "type": getattr(hints.get(p.name, str), "__name__", str(hints.get(p.name))),
-                "required": p.default is p.empty,
-                "default": None if p.default is p.empty else p.default,
-            }
-            for p in parameters
-        ],
+        "limit_s": float(cls.limit_s if limit_s is None else limit_s),
+        "args": describe_arguments(fn),
     }
 
 

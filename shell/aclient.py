@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +20,17 @@ from typing import Any, Self
 from llmos.kernel import protocol as p
 from llmos.kernel.errors import LlmosError, NoKernel, TimedOut
 from llmos.shell import resolve
-from llmos.shell.client import ANSWER_S, Record, check_ended, lost, no_kernel
+from llmos.shell.autoboot import boot_again
+from llmos.shell.client import (
+    ANSWER_S,
+    RECONNECT_S,
+    REDIAL_S,
+    Record,
+    check_ended,
+    from_offset,
+    lost,
+    no_kernel,
+)
 from llmos.shell.home import Home, check_socket_path
 from llmos.shell.session import Answer, Failure, Item, Result, Session
 
@@ -29,8 +40,14 @@ _RECEIVE_BYTES = 256 * 1024
 class AsyncClient:
     """A connection to the kernel of a home; `connect` or `async with` opens it."""
 
-    def __init__(self, home: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, home: str | os.PathLike[str] | None = None, *, reconnect_s: float = RECONNECT_S
+    ) -> None:
         self.home = Home.find(home)
+        self.reconnect_s = reconnect_s
+        self.connections = 0
+        self._owned: set[int] = set()
+        self._reconnecting = asyncio.Lock()
         self._session = Session()
         self._answers: dict[int, asyncio.Queue[Answer]] = {}
         self._manifest: Record | None = None
@@ -42,11 +59,42 @@ class AsyncClient:
         """Open the connection. Raises NoKernel."""
         check_socket_path(self.home)
         try:
-            reader, self._writer = await asyncio.open_unix_connection(os.fspath(self.home.socket))
-        except OSError as exc:
-            raise no_kernel(self.home, exc) from None
+            reader, self._writer = await self._dial()
+        except NoKernel:
+            if not await asyncio.to_thread(boot_again, self.home):
+                raise
+            reader, self._writer = await self._dial()
+        self._session, self._answers, self._error = Session(), {}, None
+        self.connections += 1
         self._reading = asyncio.create_task(self._read(reader))
         return self
+
+    async def _dial(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            return await asyncio.open_unix_connection(os.fspath(self.home.socket))
+        except OSError as exc:
+            raise no_kernel(self.home, exc) from None
+
+    async def reconnect(self, lost: int) -> None:
+        """Connect again, unless connection number `lost` is not the last any more.
+
+        Raises NoKernel when no kernel comes in `reconnect_s`.
+        """
+        async with self._reconnecting:
+            if lost != self.connections:
+                return
+            if not self.connections:
+                raise NoKernel("the client is not connected", "use `async with AsyncClient()`")
+            await self.close()
+            deadline = time.monotonic() + self.reconnect_s
+            while True:
+                try:
+                    await self.connect()
+                    return
+                except NoKernel:
+                    if time.monotonic() > deadline:
+                        raise
+                    await asyncio.sleep(REDIAL_S)
 
     async def close(self) -> None:
         """Close the connection; twice is harmless."""
@@ -55,6 +103,8 @@ class AsyncClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reading
         if self._writer is not None:
+            if self._error is None and not self._writer.is_closing():
+                self._writer.write(self._session.bye())
             self._writer.close()
             with contextlib.suppress(OSError):
                 await self._writer.wait_closed()
@@ -92,10 +142,13 @@ class AsyncClient:
         """{process, reason, queue_place, story, advice}"""
         return dict(await self.ask(p.Explain(pid), ANSWER_S))
 
-    async def programs(self) -> Record:
-        """The manifest: {programs: {name: schema}, services: {...}, errors: [...]}"""
-        if self._manifest is None:
-            self._manifest = dict(await self.ask(p.Programs(), ANSWER_S))
+    async def programs(self, checked: bool = False) -> Record:
+        """The manifest: {programs: {name: schema}, services, sources, optimizers, errors, broken}
+
+        It may be that of the last boot; `checked`: that of what is installed now, asked again.
+        """
+        if self._manifest is None or checked:
+            self._manifest = dict(await self.ask(p.Programs(checked), ANSWER_S))
         return self._manifest
 
     async def submit(
@@ -109,29 +162,55 @@ class AsyncClient:
         device: str = "",
         attached: bool = False,
         restart: str = "no",
+        deadline_s: float = 0.0,
+        hang_s: float | None = None,
     ) -> int:
         """Run a program -> its pid. `attached`: it is killed when this connection goes."""
         request = await self._submission(
             program, args, name=name, nice=nice, cls=cls, device=device,
-            attached=attached, restart=restart,
+            attached=attached, restart=restart, deadline_s=deadline_s, hang_s=hang_s,
         )  # fmt: skip
-        return int((await self.ask(request))["pid"])
+        pid = int((await self.ask(request))["pid"])
+        if attached:
+            self._owned.add(pid)
+        return pid
 
-    async def plan(self, program: str, args: Record | None = None, *, device: str = "") -> Record:
-        """What a program would take -> {footprint, device, ...}; nothing runs."""
-        request = await self._submission(program, args, device=device, dry_run=True)
+    async def plan(
+        self,
+        program: str,
+        args: Record | None = None,
+        *,
+        device: str = "",
+        cls: str = "",
+        any_size: bool = False,
+    ) -> Record:
+        """What a program would take -> {footprint, device, ...}; nothing runs.
+
+        What can never fit is refused, unless `any_size` asks for its size all the same.
+        """
+        request = await self._submission(
+            program, args, device=device, cls=cls, dry_run=True, any_size=any_size
+        )
         return dict(await self.ask(request))
 
     async def kill(self, pid: int, signal: int = 15) -> Record:
         """Returns when it took effect -> {pid, state, exit_status}"""
         return dict(await self.ask(p.Kill(pid, signal)))
 
-    async def renice(self, pid: int, nice: int) -> Record:
-        """-20 ... 19, lower is more important."""
-        return dict(await self.ask(p.Renice(pid, nice)))
+    async def renice(
+        self,
+        pid: int,
+        nice: int | None = None,
+        *,
+        cls: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Record:
+        """nice: -20 ... 19, lower is more important. `deadline_s` is from now, 0: none any more."""
+        return dict(await self.ask(p.Renice(pid, nice, cls, deadline_s)))
 
-    async def pause(self, pid: int) -> Record:
-        return dict(await self.ask(p.Pause(pid)))
+    async def pause(self, pid: int, *, release: bool = False) -> Record:
+        """-> {pid, state, freed_bytes, seconds}. With `release` its memory is given back."""
+        return dict(await self.ask(p.Pause(pid, release)))
 
     async def resume(self, pid: int) -> Record:
         return dict(await self.ask(p.Resume(pid)))
@@ -146,25 +225,59 @@ class AsyncClient:
 
     def attach(self, pid: int, offset: int = 0, follow: bool = True) -> AsyncStream:
         """The records of a process, from `offset` on."""
-        return AsyncStream(self, p.Attach(pid, offset, follow), "record")
+        return AsyncStream(self, p.Attach(pid, offset, follow, pid in self._owned), "record")
+
+    def dmesg(
+        self,
+        since: int = 0,
+        *,
+        pid: int = 0,
+        cause: int = 0,
+        level: str = "info",
+        tail: int = -1,
+        follow: bool = False,
+    ) -> AsyncStream:
+        """The kernel's own log: {seq at level what pid why by cause}, oldest first."""
+        return AsyncStream(self, p.Dmesg(since, pid, cause, level, tail, follow), "line")
 
     def logs(self, pid: int, offset: int = 0, tail: int = -1, follow: bool = False) -> AsyncStream:
         """What a process printed, as pieces of bytes."""
         return AsyncStream(self, p.Logs(pid, offset, tail, follow), "data")
 
-    async def send(self, pid: int, message: Record) -> Record:
-        """Give input to a process that waits for it."""
-        return dict(await self.ask(p.Send(pid, message)))
+    async def send(self, pid: int, message: Record, key: str = "") -> Record:
+        """Give input to a process that waits for it; twice with the same key is once."""
+        return dict(await self.ask(p.Send(pid, message, key)))
 
-    async def call(self, method: str, timeout_s: float = 60.0, **arguments: Any) -> Any:
+    async def call(self, method: str, /, timeout_s: float = 60.0, **arguments: Any) -> Any:
         """Call a service: call("models.ls")."""
         return await self.ask(p.Call(method, arguments, timeout_s))
 
     async def services(self) -> list[Record]:
         return list(await self.ask(p.Services(), ANSWER_S))
 
+    async def start_service(self, name: str) -> Record:
+        """Returns when it serves -> {name, pid}. Raises ServiceFailed."""
+        return dict(await self.ask(p.Services("start", name)))
+
+    async def stop_service(self, name: str) -> Record:
+        """Until `start_service`, or the next boot."""
+        return dict(await self.ask(p.Services("stop", name)))
+
     async def restart_service(self, name: str) -> Record:
+        """Returns when it serves again -> {name, pid}"""
         return dict(await self.ask(p.Services("restart", name)))
+
+    async def enable_service(self, name: str) -> Record:
+        """Start it, now and at each boot."""
+        return dict(await self.ask(p.Services("enable", name)))
+
+    async def disable_service(self, name: str) -> Record:
+        """Stop it, and do not start it at boot."""
+        return dict(await self.ask(p.Services("disable", name)))
+
+    async def reload_services(self) -> Record:
+        """Look for what was installed, changed or removed -> {added, removed, changed, broken}"""
+        return dict(await self.ask(p.Services("reload")))
 
     async def events(self, since: int = 0) -> list[Record]:
         """The kernel's record of its decisions after number `since`."""
@@ -253,13 +366,14 @@ class AsyncClient:
             queue.put_nowait(Failure(self._error))
 
     async def _submission(self, program: str, args: Record | None, **options: Any) -> p.Submit:
-        schema = resolve.schema_of(await self.programs(), program)
+        checked = program not in (await self.programs())["programs"]
+        schema = resolve.schema_of(await self.programs(checked), program)
         cwd = os.getcwd()
         return p.Submit(
             program=program,
             args=resolve.program_args(schema, args or {}, cwd),
             cwd=cwd,
-            env=resolve.environment(),
+            env=resolve.environment(schema),
             **options,
         )
 
@@ -267,21 +381,38 @@ class AsyncClient:
 class AsyncStream(AsyncIterator[Any]):
     """The items of a streaming call, as `client.Stream`; the call begins with the first item."""
 
-    def __init__(self, client: AsyncClient, request: p.Attach | p.Logs, key: str) -> None:
-        self.offset = request.offset
+    def __init__(self, client: AsyncClient, request: p.Attach | p.Logs | p.Dmesg, key: str) -> None:
+        self.offset = request.since if isinstance(request, p.Dmesg) else request.offset
         self.result: Record | None = None
         self._client = client
         self._request = request
         self._key = key
         self._id: int | None = None
+        self._connection = 0
         self._ended = False
+
+    async def _next_answer(self) -> Answer:
+        """Over any number of kernels. Raises NoKernel when none comes back."""
+        while True:
+            try:
+                if self._id is None or self._connection != self._client.connections:
+                    self._connection = self._client.connections
+                    request = from_offset(self._request, self.offset)
+                    self._id = await self._client.begin(request)
+                answer = await self._client.next_answer(self._id)
+            except NoKernel:
+                answer = None
+            gone = answer is None or (
+                isinstance(answer, Failure) and isinstance(answer.error, NoKernel)
+            )
+            if not gone and answer is not None:
+                return answer
+            await self._client.reconnect(self._connection)
 
     async def __anext__(self) -> Any:
         if self._ended:
             raise StopAsyncIteration
-        if self._id is None:
-            self._id = await self._client.begin(self._request)
-        match await self._client.next_answer(self._id):
+        match await self._next_answer():
             case Item(value):
                 self.offset = value["offset"]
                 return value[self._key]

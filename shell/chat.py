@@ -5,6 +5,8 @@ Knows the messages that the program takes and the records that it writes, not ho
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -12,9 +14,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from llmos.kernel.errors import LlmosError, TimedOut
+from llmos.kernel.errors import LlmosError, NoKernel, TimedOut
 from llmos.shell.client import Client, Record, Stream
 from llmos.shell.context import Context
+from llmos.shell.follow import GONE
 from llmos.shell.options import Usage, convert, from_schema
 from llmos.shell.render import clean
 from llmos.shell.resolve import nearest_hint
@@ -50,6 +53,7 @@ class Conversation:
         self._options = options
         self.args = args
         self.pid = 0
+        client.on_lost = lambda: ctx.say(f"\n{GONE}")
         self._stream: Stream | None = None
         self.begin()
 
@@ -69,8 +73,21 @@ class Conversation:
         """Say something and show the answer -> its "turn" record. Raises ChatEnded."""
         assert self._stream is not None
         with View(self._ctx, label="chat") as view, self._interrupts_stop():
-            self._client.send(self.pid, {"prompt": prompt})
+            self._send({"prompt": prompt})
             return self._answer(self._stream, view)
+
+    def _send(self, message: Record) -> None:
+        """Also to the next kernel, if this one has gone, and not to both."""
+        assert self._stream is not None
+        key = secrets.token_hex(8)
+        while True:
+            connection = self._client.connections
+            try:
+                self._client.send(self.pid, message, key)
+                return
+            except NoKernel:
+                self._client.reconnect(connection)
+                self._stream.reopen()
 
     def _answer(self, stream: Stream, view: View) -> Record:
         noted = False
@@ -78,8 +95,9 @@ class Conversation:
             try:
                 record = stream.next(QUIET_S if noted and not view.made_text else None)
             except TimedOut:
-                if self._client.process(self.pid)["state"] == "waiting":
-                    return {}
+                with contextlib.suppress(NoKernel):  # the stream waits for the next one
+                    if self._client.process(self.pid)["reason"] == "input":
+                        return {}
                 continue
             except StopIteration:
                 raise self._ended(stream.result or {}) from None
@@ -118,7 +136,7 @@ class Conversation:
             raise Usage(f"there is no setting {name!r}", nearest_hint(name, SETTINGS))
         value = convert(options[name], word)
         value = [value] if options[name].type == "list" else value
-        self._client.send(self.pid, {"set": {name: value}})
+        self._send({"set": {name: value}})
         self.args[name] = value
 
     def settings(self) -> list[str]:

@@ -9,21 +9,28 @@ Knows no terminal. Not for use by several threads at once: give each thread a cl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 from llmos.kernel import protocol as p
 from llmos.kernel.errors import LlmosError, NoKernel, TimedOut
 from llmos.shell import resolve
+from llmos.shell.autoboot import boot_again
 from llmos.shell.home import Home, check_socket_path
 from llmos.shell.session import Answer, Failure, Item, Result, Session
 
 Record = dict[str, Any]
+
+# A kernel that was restarted is back in a second; a person may take longer to see to it.
+RECONNECT_S = 60.0
+REDIAL_S = 0.05
 
 # The kernel answers these from its tables, in microseconds: silence means that it hangs.
 ANSWER_S = 30.0
@@ -33,18 +40,56 @@ _RECEIVE_BYTES = 256 * 1024
 class Client:
     """A connection to the kernel of a home. Raises NoKernel when none serves it."""
 
-    def __init__(self, home: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        home: str | os.PathLike[str] | None = None,
+        *,
+        reconnect_s: float = RECONNECT_S,
+        auto_boot: bool = True,
+    ) -> None:
+        """`reconnect_s`: how long streams wait for a kernel that went away; 0: not at all.
+
+        `auto_boot`: start one that has died again where `llmos boot --auto-boot` said so.
+        """
         self.home = Home.find(home)
+        self.reconnect_s = reconnect_s
+        self.on_lost: Callable[[], None] = lambda: None  # the kernel went, and is waited for
+        self.connections = 0
+        self._owned: set[int] = set()  # what was submitted as attached, here
+        self._manifest: Record | None = None
+        self._auto_boot = auto_boot
+        check_socket_path(self.home)
+        self._connect()
+
+    def _connect(self) -> None:
         self._session = Session()
         self._answers: dict[int, deque[Answer]] = {}
-        self._manifest: Record | None = None
-        check_socket_path(self.home)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(os.fspath(self.home.socket))
-        except OSError as exc:
-            self._socket.close()
-            raise no_kernel(self.home, exc) from None
+            self._socket = _dial(self.home)
+        except NoKernel:
+            if not self._auto_boot or not boot_again(self.home):
+                raise
+            self._socket = _dial(self.home)
+        self.connections += 1
+
+    def reconnect(self, lost: int) -> None:
+        """Connect again, unless connection number `lost` is not the last any more.
+
+        Raises NoKernel when no kernel comes in `reconnect_s`.
+        """
+        if lost != self.connections:
+            return
+        self._socket.close()
+        self.on_lost()
+        deadline = time.monotonic() + self.reconnect_s
+        while True:
+            try:
+                self._connect()
+                return
+            except NoKernel:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(REDIAL_S)
 
     def __enter__(self) -> Self:
         return self
@@ -56,6 +101,9 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; twice is harmless."""
+        with contextlib.suppress(OSError):
+            self._socket.setblocking(False)
+            self._socket.send(self._session.bye())
         self._socket.close()
 
     # ---- the calls of kernel/protocol.py ----
@@ -83,10 +131,13 @@ class Client:
         """{process, reason, queue_place, story, advice}"""
         return dict(self.ask(p.Explain(pid), ANSWER_S))
 
-    def programs(self) -> Record:
-        """The manifest: {programs: {name: schema}, services: {...}, errors: [...]}"""
-        if self._manifest is None:
-            self._manifest = dict(self.ask(p.Programs(), ANSWER_S))
+    def programs(self, checked: bool = False) -> Record:
+        """The manifest: {programs: {name: schema}, services, sources, optimizers, errors, broken}
+
+        It may be that of the last boot; `checked`: that of what is installed now, asked again.
+        """
+        if self._manifest is None or checked:
+            self._manifest = dict(self.ask(p.Programs(checked), ANSWER_S))
         return self._manifest
 
     def submit(
@@ -100,28 +151,55 @@ class Client:
         device: str = "",
         attached: bool = False,
         restart: str = "no",
+        deadline_s: float = 0.0,
+        hang_s: float | None = None,
     ) -> int:
         """Run a program -> its pid. `attached`: it is killed when this connection goes."""
         request = self._submission(
             program, args, name=name, nice=nice, cls=cls, device=device,
-            attached=attached, restart=restart,
+            attached=attached, restart=restart, deadline_s=deadline_s, hang_s=hang_s,
         )  # fmt: skip
-        return int(self.ask(request)["pid"])
+        pid = int(self.ask(request)["pid"])
+        if attached:
+            self._owned.add(pid)
+        return pid
 
-    def plan(self, program: str, args: Record | None = None, *, device: str = "") -> Record:
-        """What a program would take -> {footprint, device, ...}; nothing runs."""
-        return dict(self.ask(self._submission(program, args, device=device, dry_run=True)))
+    def plan(
+        self,
+        program: str,
+        args: Record | None = None,
+        *,
+        device: str = "",
+        cls: str = "",
+        any_size: bool = False,
+    ) -> Record:
+        """What a program would take -> {footprint, device, ...}; nothing runs.
+
+        What can never fit is refused, unless `any_size` asks for its size all the same.
+        """
+        request = self._submission(
+            program, args, device=device, cls=cls, dry_run=True, any_size=any_size
+        )
+        return dict(self.ask(request))
 
     def kill(self, pid: int, signal: int = 15) -> Record:
         """Returns when it took effect -> {pid, state, exit_status}"""
         return dict(self.ask(p.Kill(pid, signal)))
 
-    def renice(self, pid: int, nice: int) -> Record:
-        """-20 ... 19, lower is more important."""
-        return dict(self.ask(p.Renice(pid, nice)))
+    def renice(
+        self,
+        pid: int,
+        nice: int | None = None,
+        *,
+        cls: str | None = None,
+        deadline_s: float | None = None,
+    ) -> Record:
+        """nice: -20 ... 19, lower is more important. `deadline_s` is from now, 0: none any more."""
+        return dict(self.ask(p.Renice(pid, nice, cls, deadline_s)))
 
-    def pause(self, pid: int) -> Record:
-        return dict(self.ask(p.Pause(pid)))
+    def pause(self, pid: int, *, release: bool = False) -> Record:
+        """-> {pid, state, freed_bytes, seconds}. With `release` its memory is given back."""
+        return dict(self.ask(p.Pause(pid, release)))
 
     def resume(self, pid: int) -> Record:
         return dict(self.ask(p.Resume(pid)))
@@ -136,25 +214,59 @@ class Client:
 
     def attach(self, pid: int, offset: int = 0, follow: bool = True) -> Stream:
         """The records of a process, from `offset` on."""
-        return Stream(self, p.Attach(pid, offset, follow), "record")
+        return Stream(self, p.Attach(pid, offset, follow, pid in self._owned), "record")
+
+    def dmesg(
+        self,
+        since: int = 0,
+        *,
+        pid: int = 0,
+        cause: int = 0,
+        level: str = "info",
+        tail: int = -1,
+        follow: bool = False,
+    ) -> Stream:
+        """The kernel's own log: {seq at level what pid why by cause}, oldest first."""
+        return Stream(self, p.Dmesg(since, pid, cause, level, tail, follow), "line")
 
     def logs(self, pid: int, offset: int = 0, tail: int = -1, follow: bool = False) -> Stream:
         """What a process printed, as pieces of bytes."""
         return Stream(self, p.Logs(pid, offset, tail, follow), "data")
 
-    def send(self, pid: int, message: Record) -> Record:
-        """Give input to a process that waits for it."""
-        return dict(self.ask(p.Send(pid, message)))
+    def send(self, pid: int, message: Record, key: str = "") -> Record:
+        """Give input to a process that waits for it; twice with the same key is once."""
+        return dict(self.ask(p.Send(pid, message, key)))
 
-    def call(self, method: str, timeout_s: float = 60.0, **arguments: Any) -> Any:
+    def call(self, method: str, /, timeout_s: float = 60.0, **arguments: Any) -> Any:
         """Call a service: call("models.ls")."""
         return self.ask(p.Call(method, arguments, timeout_s))
 
     def services(self) -> list[Record]:
         return list(self.ask(p.Services(), ANSWER_S))
 
+    def start_service(self, name: str) -> Record:
+        """Returns when it serves -> {name, pid}. Raises ServiceFailed."""
+        return dict(self.ask(p.Services("start", name)))
+
+    def stop_service(self, name: str) -> Record:
+        """Until `start_service`, or the next boot."""
+        return dict(self.ask(p.Services("stop", name)))
+
     def restart_service(self, name: str) -> Record:
+        """Returns when it serves again -> {name, pid}"""
         return dict(self.ask(p.Services("restart", name)))
+
+    def enable_service(self, name: str) -> Record:
+        """Start it, now and at each boot."""
+        return dict(self.ask(p.Services("enable", name)))
+
+    def disable_service(self, name: str) -> Record:
+        """Stop it, and do not start it at boot."""
+        return dict(self.ask(p.Services("disable", name)))
+
+    def reload_services(self) -> Record:
+        """Look for what was installed, changed or removed -> {added, removed, changed, broken}"""
+        return dict(self.ask(p.Services("reload")))
 
     def events(self, since: int = 0) -> list[Record]:
         """The kernel's record of its decisions after number `since`."""
@@ -241,29 +353,46 @@ class Client:
         return data
 
     def _submission(self, program: str, args: Record | None, **options: Any) -> p.Submit:
-        schema = resolve.schema_of(self.programs(), program)
+        checked = program not in self.programs()["programs"]
+        schema = resolve.schema_of(self.programs(checked), program)
         cwd = os.getcwd()
         return p.Submit(
             program=program,
             args=resolve.program_args(schema, args or {}, cwd),
             cwd=cwd,
-            env=resolve.environment(),
+            env=resolve.environment(schema),
             **options,
         )
 
 
+def _dial(home: Home) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.connect(os.fspath(home.socket))
+    except OSError as exc:
+        made.close()
+        raise no_kernel(home, exc) from None
+    return made
+
+
 class Stream(Iterator[Any]):
     """The items of a streaming call. `offset` is where the next one begins: give it to
-    `attach` or `logs` to go on without a gap. `result` is what the call answered at its end.
+    `attach` or `logs` to go on without a gap. `result` is what the call answered at its end. A
+    kernel that goes is waited for, and the next one is asked for what follows.
     """
 
-    def __init__(self, client: Client, request: p.Attach | p.Logs, key: str) -> None:
-        self.offset = request.offset
+    def __init__(self, client: Client, request: p.Attach | p.Logs | p.Dmesg, key: str) -> None:
+        self.offset = request.since if isinstance(request, p.Dmesg) else request.offset
         self.result: Record | None = None
         self._client = client
         self._key = key
         self._ended = False
-        self._id = client.begin(request)
+        self._request = request
+        self._begin()
+
+    def _begin(self) -> None:
+        self._connection = self._client.connections
+        self._id = self._client.begin(from_offset(self._request, self.offset))
 
     def __next__(self) -> Any:
         return self.next()
@@ -272,7 +401,7 @@ class Stream(Iterator[Any]):
         """The next item. Raises TimedOut when none comes in time, StopIteration at the end."""
         if self._ended:
             raise StopIteration
-        match self._client.next_answer(self._id, timeout_s):
+        match self._next_answer(timeout_s):
             case Item(value):
                 self.offset = value["offset"]
                 return value[self._key]
@@ -285,16 +414,43 @@ class Stream(Iterator[Any]):
                 self._ended = True
                 raise error
 
+    def _next_answer(self, timeout_s: float | None) -> Answer:
+        """Over any number of kernels. Raises NoKernel when none comes back."""
+        while True:
+            try:
+                self.reopen()
+                return self._client.next_answer(self._id, timeout_s)
+            except NoKernel:
+                if not self._client.reconnect_s:
+                    raise
+                self._client.reconnect(self._connection)
+
+    def reopen(self) -> None:
+        """Ask the kernel that the client is connected to now, if that is another one."""
+        if not self._ended and self._connection != self._client.connections:
+            self._begin()
+
     def close(self) -> None:
         """Stop listening; the process goes on."""
         self._ended = True
-        self._client.cancel(self._id)
+        if self._connection == self._client.connections:
+            self._client.cancel(self._id)
+
+
+def from_offset(request: p.Attach | p.Logs | p.Dmesg, offset: int) -> p.Attach | p.Logs | p.Dmesg:
+    """The same request for what comes behind `offset`."""
+    if isinstance(request, p.Dmesg):
+        return replace(request, since=offset) if offset else request
+    return replace(request, offset=offset)
 
 
 def no_kernel(home: Home, exc: OSError) -> LlmosError:
     """The error for a connection that could not be made."""
     if isinstance(exc, PermissionError):
-        return NoKernel(f"the kernel of {home.path} belongs to another user")
+        return NoKernel(
+            f"the kernel of {home.path} belongs to another user",
+            "if it serves a group, you are not in it; LLMOS_HOME chooses another home",
+        )
     return NoKernel(f"no kernel runs for the home {home.path}")
 
 

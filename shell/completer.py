@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
 from llmos.shell import commands
+from llmos.shell.commands.call import command_of
 from llmos.shell.commands.kill import SIGNALS
 from llmos.shell.commands.program import program_of, unify
 from llmos.shell.options import Command, Option
@@ -67,7 +69,10 @@ class ShellCompleter(Completer):
         flags = {o.flag: o for o in command.options if not o.positional}
         flags |= {o.short: o for o in command.options if o.short}
         waiting = flags.get(before[-1]) if before else None
-        if waiting is not None and waiting.type != "bool":
+        rest = _rest(command.options, flags, before)
+        if rest is not None:
+            yield from self._values(known, rest, word, event)
+        elif waiting is not None and waiting.type != "bool":
             yield from self._values(known, waiting, word, event)
         elif word.startswith("-"):
             shown = {o.flag: o.help for o in command.options if not o.positional}
@@ -88,7 +93,7 @@ class ShellCompleter(Completer):
             case "model":
                 yield from _matching(word, ((m, "model") for m in known.models))
                 yield from self._files(word, event)
-            case "path":
+            case "path" | "executable":
                 yield from self._files(word, event)
             case "signal":
                 yield from _matching(word, ((s, "") for s in SIGNALS))
@@ -97,6 +102,11 @@ class ShellCompleter(Completer):
                 yield from _matching(word, ((n, s["summary"]) for n, s in services.items()))
             case "method":
                 yield from _matching(word, _methods(known))
+            case "topic":
+                yield from _matching(word, self._commands(known).items())
+                services = (known.manifest or {}).get("services", {})
+                yield from _matching(word, ((n, s["summary"]) for n, s in services.items()))
+                yield from _matching(word, _methods(known) if "." in word else ())
             case "command":
                 yield from _matching(word, self._commands(known).items())
 
@@ -124,6 +134,8 @@ class ShellCompleter(Completer):
             return None, []
         name, rest = before[0], before[1:]
         manifest = known.manifest or {"programs": {}}
+        if name == "call" and rest and "." in rest[0]:
+            return _call(manifest, rest)
         if name == "fg":
             return commands.load("attach"), rest
         if name in commands.NAMES:
@@ -133,16 +145,34 @@ class ShellCompleter(Completer):
         return program_of(name, manifest), rest
 
 
+def _call(manifest: dict[str, Any], words: list[str]) -> tuple[Command | None, list[str]]:
+    """The call that is being written, with its own flags, and the words after its name."""
+    method, rest = words[0], words[1:]
+    service, _, name = method.partition(".")
+    described = manifest.get("services", {}).get(service, {}).get("calls", {}).get(name)
+    if described is None:
+        return commands.load("call"), words
+    return command_of(method, described), rest
+
+
 def _matching(word: str, found: Iterable[tuple[str, str]]) -> Iterator[Completion]:
     for name, meta in found:
         if name.startswith(word):
             yield Completion(name, start_position=-len(word), display_meta=meta)
 
 
-def _next_positional(
+def _rest(
     options: tuple[Option, ...], flags: dict[str, Option], before: list[str]
 ) -> Option | None:
-    """The positional argument that the next word is."""
+    """The option that takes the rest of the line, once the rest has begun."""
+    rest = next((o for o in options if o.rest), None)
+    if rest is None or "--" in before or _positionals(flags, before):
+        return rest
+    return None
+
+
+def _positionals(flags: dict[str, Option], before: list[str]) -> int:
+    """How many words are neither a flag nor the value of one."""
     given, skip = 0, False
     for word in before:
         if skip:
@@ -151,9 +181,17 @@ def _next_positional(
             skip = flags[word].type != "bool"
         elif not word.startswith("-"):
             given += 1
+    return given
+
+
+def _next_positional(
+    options: tuple[Option, ...], flags: dict[str, Option], before: list[str]
+) -> Option | None:
+    """The positional argument that the next word is."""
+    given = _positionals(flags, before)
     positionals = [o for o in options if o.positional]
     for i, option in enumerate(positionals):
-        if i == given or option.many:
+        if i == given or option.many or option.rest:
             return option
     return None
 

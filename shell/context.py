@@ -29,17 +29,20 @@ class Context:
         self.on_submit: Callable[[int, str], None] | None = None  # it keeps its jobs by this
 
     @contextlib.contextmanager
-    def client(self) -> Iterator[Client]:
+    def client(self, auto_boot: bool = True) -> Iterator[Client]:
         """A connection for one command. Raises NoKernel."""
-        with Client(self.home.path) as client:
+        with Client(self.home.path, auto_boot=auto_boot) as client:
             yield client
 
-    def manifest(self) -> dict[str, Any] | None:
-        """The manifest of the running kernel, else the one that the last kernel left."""
-        if self._manifest is None:
+    def manifest(self, checked: bool = False) -> dict[str, Any] | None:
+        """The manifest of the running kernel, else the one that the last kernel left.
+
+        `checked`: look again, at what is installed now.
+        """
+        if self._manifest is None or checked:
             try:
                 with self.client() as client:
-                    self._manifest = client.programs()
+                    self._manifest = client.programs(checked)
             except NoKernel:
                 self._manifest = self.home.manifest()
         return self._manifest

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
+from llmos.kernel import protocol
 from llmos.kernel.errors import LlmosError, NoKernel, TimedOut, from_wire
 from llmos.shell.client import Client, Record, Stream
 from llmos.shell.context import Context
+from llmos.shell.processes import reason
 from llmos.shell.render import duration
 from llmos.shell.view import View
 
-# How long to wait for a kernel that went away while its processes are alive.
-KERNEL_BACK_S = 60.0
 # A silence this long makes one ask what the process waits for.
 QUIET_S = 2.0
 WAITING = frozenset({"waiting", "paused", "preempted", "backoff"})
 INTERRUPTED = 130
+GONE = "the kernel has gone; waiting for it to come back (`llmos boot` starts it, Ctrl-C leaves)"
 
 
 class Background(Exception):
@@ -45,18 +45,37 @@ def follow(
 
     `skip_old`: what is in the stream already counts, but is not shown (`attach`).
     """
-    view = View(ctx, label=f"{schema['name']} {pid}", stats=stats)
+    view = View(ctx, f"{schema['name']} {pid}", stats=stats, quiet=bool(schema.get("foreign")))
+    view.offset = offset
     try:
         with view, _ctrl_z(ctx):
             if skip_old:
-                offset = _catch_up(client, pid, view)
-            ended = _until_end(ctx, client, pid, offset, view)
+                view.offset = _catch_up(client, pid, view)
+            if schema["on_interrupt"] == "interrupt":
+                ended = _in_foreground(ctx, client, pid, view)
+            else:
+                ended = _until_end(ctx, client, pid, view)
     except Background:
         ctx.say(f"[{pid}] {schema['name']} goes on in the background; `fg` brings it back")
         return 0
     except KeyboardInterrupt:
         return _interrupted(ctx, pid, schema)
     return report_end(ctx, schema, pid, ended, view)
+
+
+def _in_foreground(ctx: Context, client: Client, pid: int, view: View) -> Record:
+    """As a shell has it: Ctrl-C is the command's, which may still have its say; twice is enough."""
+    with ExitStack() as later:
+        for number in (signal.SIGINT, signal.SIGKILL, None):
+            try:
+                return _until_end(ctx, client, pid, view)
+            except KeyboardInterrupt:
+                if number is None:
+                    raise
+                # A new line to the kernel: on the old one an answer may be half read.
+                client = later.enter_context(ctx.client())
+                client.begin(protocol.Kill(pid, number))
+    raise AssertionError  # the last round has returned or raised
 
 
 @contextmanager
@@ -83,19 +102,12 @@ def _catch_up(client: Client, pid: int, view: View) -> int:
     return stream.offset
 
 
-def _until_end(ctx: Context, client: Client, pid: int, offset: int, view: View) -> Record:
+def _until_end(ctx: Context, client: Client, pid: int, view: View) -> Record:
     """Show records until the process ends, over any number of kernels."""
-    with ExitStack() as later:
-        while True:
-            stream: Stream | None = None
-            try:
-                stream = client.attach(pid, offset)
-                _show_all(client, pid, stream, view)
-                return stream.result or {}
-            except NoKernel:
-                offset = stream.offset if stream is not None else offset
-                view.note("the kernel has gone; waiting for it to come back (Ctrl-C leaves)")
-            client = later.enter_context(_wait_for_kernel(ctx))
+    client.on_lost = lambda: view.note(GONE)
+    stream = client.attach(pid, view.offset)
+    _show_all(client, pid, stream, view)
+    return stream.result or {}
 
 
 def _show_all(client: Client, pid: int, stream: Stream, view: View) -> None:
@@ -103,26 +115,32 @@ def _show_all(client: Client, pid: int, stream: Stream, view: View) -> None:
     said = ""
     while True:
         try:
-            view.show(stream.next(QUIET_S))
+            record = stream.next(QUIET_S)
+            with _whole():
+                view.show(record)
+                view.offset = stream.offset
         except StopIteration:
             return
         except TimedOut:
-            process = client.process(pid)
-            why = f"{process['state']}: {process['reason']}" if process["reason"] else ""
+            try:
+                process = client.process(pid)
+            except NoKernel:
+                continue  # the stream waits for the next one
+            why = reason(process)
+            why = f"{process['state']}: {why}" if why else ""
             if why and why != said and process["state"] in WAITING:
                 view.note(f"{why}  (`llmos explain {pid}` tells more)")
             said = why
 
 
-def _wait_for_kernel(ctx: Context) -> Client:
-    deadline = time.monotonic() + KERNEL_BACK_S
-    while True:
-        try:
-            return Client(ctx.home.path)
-        except NoKernel:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Ctrl-C waits until a record is shown and counted: else it would be shown again."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _interrupted(ctx: Context, pid: int, schema: dict[str, Any]) -> int:
@@ -142,6 +160,8 @@ def report_end(ctx: Context, schema: dict[str, Any], pid: int, ended: Record, vi
     """Say how a process ended -> its exit status."""
     status = int(ended.get("exit_status") or 0)
     result = ended.get("result") or {}
+    if schema.get("foreign") and (status == 0 or result.get("ended_by") == "itself"):
+        return status  # the command has said what there is to say
     if status == 0:
         if view.made_text:
             view.statistics(result)

@@ -63,8 +63,10 @@ def check_socket_path(home: Home) -> None:
         )
 
 
-def prepare(home: Home) -> list[str]:
+def prepare(home: Home, group: str = "") -> list[str]:
     """Make the home usable for a kernel: there, ours, private, writable. Raises HomeUnusable.
+
+    One that serves a `group` opens it as far as that needs, itself.
 
     Returns a line for each thing that was changed and that the user may want to know.
     """
@@ -80,7 +82,7 @@ def prepare(home: Home) -> list[str]:
         raise HomeUnusable(f"the home {home.path} belongs to another user (uid {found.st_uid})")
     # Before the mode is touched: a folder that we cannot write is left as it is.
     _check_writable(home)
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    if stat.S_IMODE(found.st_mode) & 0o077 and not group:
         home.path.chmod(0o700)
         return [f"{home.path} was open to other users; it is private (0700) now"]
     return []

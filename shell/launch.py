@@ -22,24 +22,43 @@ _POLL_S = 0.005
 _started: list[subprocess.Popen[bytes]] = []
 
 
-def kernel_command(home: Home, devices: Sequence[str], policy: str) -> list[str]:
+def kernel_command(
+    home: Home,
+    devices: Sequence[str],
+    policy: str,
+    batch_share: float | None = None,
+    group: str = "",
+) -> list[str]:
     """The command line of a kernel. -P: a file in the user's folder must not shadow a module."""
     command = [sys.executable, "-P", "-m", "llmos.kernel.main", "--home", os.fspath(home.path)]
     for device in devices:
         command += ["--device", device]
-    return command + (["--policy", policy] if policy else [])
+    if policy:
+        command += ["--policy", policy]
+    if batch_share is not None:
+        command += ["--batch-share", str(batch_share)]
+    if group:
+        command += ["--group", group]
+    return command
 
 
 class Launch:
     """A kernel that is being started: begin, do something else, wait until it answers."""
 
-    def __init__(self, home: Home, devices: Sequence[str] = (), policy: str = "") -> None:
+    def __init__(
+        self,
+        home: Home,
+        devices: Sequence[str] = (),
+        policy: str = "",
+        batch_share: float | None = None,
+        group: str = "",
+    ) -> None:
         self._home = home
-        self.changed = prepare(home)
+        self.changed = prepare(home, group)
         self._log_start = home.log.stat().st_size if home.log.exists() else 0
         with home.log.open("ab") as log:
             self._process = subprocess.Popen(
-                kernel_command(home, devices, policy),
+                kernel_command(home, devices, policy, batch_share, group),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -95,7 +114,7 @@ def _tail(log: Path, start: int) -> str:
 def running(home: Home) -> Record | None:
     """The status of the kernel that serves this home; None when there is none."""
     try:
-        with Client(home.path) as client:
+        with Client(home.path, auto_boot=False) as client:
             return client.status()
     except NoKernel:
         return None
@@ -126,10 +145,12 @@ def wait_gone(os_pid: int, timeout_s: float) -> None:
 
 
 def alive(os_pid: int) -> bool:
-    """Is there such a process? One that has ended and waits for its parent does not count."""
+    """Is there such a process? One that has ended and waits for its parent does not count, but
+    one of which a thread is left does: it still has its files, and its socket."""
     _started[:] = [child for child in _started if child.poll() is None]
     try:
         stat = Path(f"/proc/{os_pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    fields = stat.rpartition(")")[2].split()
+    return fields[0] != "Z" or int(fields[17]) > 1

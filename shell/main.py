@@ -98,12 +98,15 @@ def dispatch(argv: list[str], ctx: Context) -> int:
 
 def wants_help(command: Command, argv: list[str]) -> bool:
     """Is there a --help that is the command's own, and not of the command line that it runs?"""
+    takes_rest = any(o.rest for o in command.options)
+    with_value = {f for o in command.options if o.type != "bool" for f in (o.flag, o.short) if f}
+    value = False
     for word in argv:
         if word in HELP_FLAGS:
             return True
-        takes_rest = any(o.rest for o in command.options)
-        if word == "--" or (takes_rest and not word.startswith("-") and not word.isdigit()):
+        if word == "--" or (takes_rest and not value and not word.startswith("-")):
             return False
+        value = word in with_value
     return False
 
 

@@ -37,7 +37,8 @@ class Usage(Exception):
 class Option:
     """A flag or a positional argument. `type`: str, int, float, bool, list or duration.
 
-    `complete` names what can stand there: pid, model, path, program, command, service, signal.
+    `complete` names what can stand there: pid, model, path, program, command, service, signal,
+    executable (then paths).
     A positional with `many` takes all that follow; with `rest` also what looks like flags.
     """
 
@@ -112,13 +113,15 @@ def from_schema(schema: dict[str, Any]) -> tuple[Option, ...]:
 def _from_field(f: dict[str, Any]) -> Option:
     kind = f["type"].rstrip("?")
     complete = "model" if f.get("model") else "path" if f.get("path") else ""
+    complete = "executable" if f.get("command") else complete
     return Option(
         name=f["name"],
         help=f["help"],
         type=kind,
         positional=bool(f.get("positional")),
         required=bool(f["required"]),
-        many=kind == "list" and bool(f.get("positional")),
+        many=kind == "list" and bool(f.get("positional")) and not f.get("command"),
+        rest=bool(f.get("command")),
         default=f["default"],
         choices=tuple(f.get("choices") or ()),
         metavar=f.get("metavar") or "",
@@ -149,7 +152,10 @@ class _Parser:
         while argv:
             word = argv.pop(0)
             if word == "--":
-                self._take_positionals(argv)
+                if self._next_positional().rest and argv:
+                    self.values[self._next_positional().name] = list(argv)
+                else:
+                    self._take_positionals(argv)
                 return
             if self._is_flag(word):
                 self._take_flag(word, argv)
@@ -229,8 +235,9 @@ class _Parser:
 def convert(option: Option, word: str) -> Any:
     """The value that a word means for an option. Raises Usage."""
     if option.choices and word not in option.choices:
+        label = option.name if option.positional else option.flag
         raise Usage(
-            f"{option.label} is one of {', '.join(option.choices)}, not {word!r}",
+            f"{label} is one of {', '.join(option.choices)}, not {word!r}",
             nearest_hint(word, option.choices) if len(option.choices) > 1 else "",
         )
     match option.type:
@@ -243,10 +250,11 @@ def convert(option: Option, word: str) -> Any:
 
 
 def _check_limits(option: Option, word: str, value: float) -> None:
+    unit = " s" if option.type == "duration" else ""
     if option.minimum is not None and value < option.minimum:
-        raise Usage(f"{option.label} is at least {option.minimum:g}, not {word}")
+        raise Usage(f"{option.label} is at least {option.minimum:g}{unit}, not {word}")
     if option.maximum is not None and value > option.maximum:
-        raise Usage(f"{option.label} is at most {option.maximum:g}, not {word}")
+        raise Usage(f"{option.label} is at most {option.maximum:g}{unit}, not {word}")
 
 
 def _number(option: Option, word: str) -> float:

@@ -97,10 +97,15 @@ class Poller:
             status=client.status(),
             processes=client.ps(),
             mem=client.mem(),
+            manifest=self._manifest(client),
             models=self._models(client),
-            manifest=client.programs(),
             trouble="",
         )
+
+    def _manifest(self, client: Client) -> Record:
+        """Asked again with the models: services come and go while a kernel runs."""
+        again = time.monotonic() - self._models_at >= MODELS_EVERY_S
+        return client.programs(checked=again)
 
     def _models(self, client: Client) -> list[str]:
         now = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from llmos.shell.client import Client, Record
@@ -45,8 +46,14 @@ def row(p: Record) -> tuple[str, ...]:
         memory(p),
         duration(p["device_seconds"]),
         progress(p),
-        p["reason"] or "",
+        reason(p),
     )
+
+
+def reason(p: Record) -> str:
+    """Why it does not run; of one that has failed also when it is started again."""
+    due = p.get("next_start_at") if p["state"] == "backoff" else None
+    return f"again in {duration(max(0.0, due - time.time()))}" if due else p["reason"] or ""
 
 
 def memory(p: Record) -> str:
@@ -75,5 +82,14 @@ def find_pid(client: Client, word: str) -> int:
     live = client.ps()
     if any(p["name"] == word for p in live):
         return pid_of(live, word)
-    ended = [p for p in client.ps(all=True) if p["name"] == word]
-    return pid_of(ended[-1:], word)
+    return look_up_pid(client, word)
+
+
+def look_up_pid(client: Client, word: str) -> int:
+    """As `find_pid`, for what is only looked at: the process that made a model, alive or not, and
+    not somebody who asked the model something and is called as it is."""
+    if word.isdigit():
+        return int(word)
+    named = [p for p in client.ps(all=True) if p["name"] == word]
+    made = [p for p in named if p["role"] == "process"] or named
+    return pid_of([p for p in made if p["state"] != "exited"] or made[-1:], word)

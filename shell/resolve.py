@@ -20,13 +20,26 @@ _ENV_PREFIXES = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TORCH", "PYTORCH_", "C
 _ENV_NAMES = frozenset({"LANG", "TZ", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"})
 
 
-def environment() -> dict[str, str]:
-    """The variables that are sent with a request to run something."""
-    return {
+def environment(schema: Schema) -> dict[str, str]:
+    """The variables that are sent with a request to run a program; all of them for a command.
+
+    Raises BadArgument for one that is not UTF-8, as the protocol has it.
+    """
+    found = {
         name: value
         for name, value in os.environ.items()
-        if name.startswith(_ENV_PREFIXES) or name.upper() in _ENV_NAMES
+        if schema.get("foreign") or name.startswith(_ENV_PREFIXES) or name.upper() in _ENV_NAMES
     }
+    for name, value in found.items():
+        _check_utf8(f"the environment variable {name!r}", name + value, "unset it (`env -u`)")
+    return found
+
+
+def _check_utf8(what: str, text: str, hint: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadArgument(f"{what} is not UTF-8 text", hint) from None
 
 
 def schema_of(manifest: dict[str, Any], program: str) -> Schema:
@@ -54,6 +67,10 @@ def program_args(schema: Schema, args: dict[str, Any], cwd: str) -> dict[str, An
             raise BadArgument(
                 f"{schema['name']} has no argument {name!r}", nearest_hint(name, fields)
             )
+    for name, value in args.items():
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str):
+                _check_utf8(f"{name} {text!r}", text, "rename the file, or link to it")
     return {name: _absolute(fields[name], value, cwd) for name, value in args.items()}
 
 

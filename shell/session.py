@@ -57,6 +57,10 @@ class Session:
         self._open.discard(request_id)
         return pack({"id": request_id, "cancel": True})
 
+    def bye(self) -> bytes:
+        """The last bytes of a client that goes on purpose: what is attached to it ends at once."""
+        return pack({"id": 0, "bye": True})
+
     def receive(self, data: bytes) -> list[tuple[int, Answer]]:
         """The answers that `data` completes, in order. Raises ProtocolError."""
         answers = [_answer(message) for message in self._unpacker.feed(data)]
@@ -69,7 +73,7 @@ def _answer(message: Any) -> tuple[int, Answer]:
     if not isinstance(message, dict):
         raise ProtocolError("the kernel's answer is not a map")
     request_id = message.get("id")
-    if not isinstance(request_id, int):
+    if not isinstance(request_id, int) or request_id < 0:
         # An error that belongs to no request: the kernel could not read what was sent.
         if isinstance(message.get("error"), dict):
             raise from_wire(message["error"])

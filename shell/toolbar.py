@@ -24,6 +24,9 @@ def describe(known: Known, width: int) -> str:
     if known.status is None:
         hint = "`boot` starts one" if known.trouble == "no kernel" else ""
         return f"{known.trouble}  {hint}".rstrip()
+    disk = (known.status.get("disk") or {}).get("trouble")
+    if disk:
+        return f"{disk}  {_counts(known.processes)}"
     books = {d["device"]: d for d in known.mem}
     parts = [_device(d, books.get(d["device"])) for d in known.status["devices"]]
     counts = _counts(known.processes)

@@ -34,8 +34,12 @@ _HIDDEN = frozenset({"lr", "epoch", "grad_norm", "learning_rate"})
 class View:
     """Shows records one after the other; a context manager that leaves the terminal clean."""
 
-    def __init__(self, ctx: Context, label: str, stats: bool = False) -> None:
+    def __init__(
+        self, ctx: Context, label: str, *, stats: bool = False, quiet: bool = False
+    ) -> None:
         self.made_text = False
+        self.offset = 0  # in the stream, after the last record that was shown
+        self._quiet = quiet  # the process is a command that shows its own progress
         self.elapsed_s = 0.0
         self._ctx = ctx
         self._label = label
@@ -65,6 +69,8 @@ class View:
         match record["kind"]:
             case "text":
                 self._text(str(record["text"]))
+            case "output":
+                self._output(int(record["fd"]), record["data"])
             case "progress":
                 self._progress(record)
             case "note":
@@ -82,7 +88,7 @@ class View:
         """Take a record into account that was there before, without showing it."""
         if record["kind"] == "progress":
             self._note_progress(record)
-            self._shown_last = False
+            self._shown_last = self._quiet
         elif record["kind"] == "text":
             self._text(str(record["text"]))
 
@@ -116,8 +122,17 @@ class View:
         sys.stdout.flush()
         self._at_line_start = text.endswith("\n")
 
+    def _output(self, fd: int, data: bytes) -> None:
+        """A command's own bytes, unchanged, to where it wrote them."""
+        stream = sys.stdout if fd == 1 else sys.stderr
+        stream.flush()
+        stream.buffer.write(data)
+        stream.buffer.flush()
+
     def _progress(self, record: Record) -> None:
         self._note_progress(record)
+        if self._quiet:
+            return
         if self._ctx.stderr_is_terminal:
             if self._bar is None:
                 self._bar = Bar(self._label)

@@ -11,11 +11,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 MAY_IMPORT = {
     "kernel": ("llmos.kernel", "llmos.drivers.base"),
-    "drivers": ("llmos.drivers", "llmos.kernel.errors", "llmos.kernel.wire"),
+    "drivers": (
+        "llmos.drivers", "llmos.kernel.errors", "llmos.kernel.wire", "llmos.kernel.units",
+        "llmos.kernel.drop",
+    ),
     "services": (
         "llmos.services", "llmos.kernel.protocol", "llmos.kernel.errors", "llmos.kernel.wire",
+        "llmos.kernel.units", "llmos.kernel.drop",
     ),
-    "shell": ("llmos.shell", "llmos.kernel.protocol", "llmos.kernel.errors", "llmos.kernel.wire"),
+    "shell": (
+        "llmos.shell", "llmos.kernel.protocol", "llmos.kernel.errors", "llmos.kernel.wire",
+        "llmos.kernel.units",
+    ),
 }  # fmt: skip
 
 # An `__init__` that is a table says so here; all others are empty, or importing one module

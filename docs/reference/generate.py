@@ -20,27 +20,34 @@ from typing import Any, get_type_hints
 
 import llmos.drivers.base as driver_contract
 from llmos.drivers import zygote as zygote_starter
-from llmos.drivers.worker import checkpoint, zygote
+from llmos.drivers.host import driver as host_driver
+from llmos.drivers.worker import checkpoint, saving, zygote
 from llmos.drivers.worker import main as worker
 from llmos.kernel import (
-    admission,
     calls,
     config,
+    dmesg,
     errors,
+    guests,
     home,
-    journal,
     kernel,
     ledger,
-    lifecycle,
+    outgrown,
+    packing,
     process,
     protocol,
+    reserve,
+    restarts,
+    retention,
     sched,
-    server,
+    services,
+    settings,
     wire,
 )
 from llmos.kernel.syscalls import checkpoint as checkpoint_call
 from llmos.kernel.syscalls import kill, pause
-from llmos.services import manifest
+from llmos.services import base as services_base
+from llmos.services import isolated, manifest
 from llmos.shell import client, commands
 from llmos.shell.commands import program
 from llmos.shell.helptext import command_help
@@ -174,7 +181,7 @@ def errors_part() -> str:
 
 
 def limits_part() -> str:
-    s = sched.SLICE_S
+    s, default = sched.SLICE_S, settings.Settings()
     cls = process.Class
     home_bytes = home.SOCKET_PATH_BYTES - home.LONGEST_INSIDE
     keep = inspect.signature(checkpoint.write).parameters["keep"].default
@@ -182,41 +189,66 @@ def limits_part() -> str:
     rows = [
         ("one message on a socket", _bytes(wire.MAX_FRAME_BYTES),
          "a prompt of a million tokens fits; refused before it is read"),
-        ("answers that wait for a client", _bytes(server.HIGH_WATER_BYTES),
+        ("answers that wait for a client", _bytes(config.Config.client_buffer),
          "above it the client is not read from, and its streams wait"),
-        ("open requests of a client", f"{server.MAX_OPEN_REQUESTS}", "more wait in its socket"),
+        ("open requests of a client", f"{config.Config.max_open_requests}",
+         "more wait in its socket"),
         ("path of the home", f"{home_bytes} bytes",
          f"a unix socket's path has {home.SOCKET_PATH_BYTES} bytes; a worker's is the longest"),
         ("ended processes that are kept",
-         f"{journal.KEEP_ROWS:,}, {journal.KEEP_S / 86400:.0f} days",
-         "whichever is less; applied at boot"),
+         f"{retention.KEEP_ROWS:,}, {retention.KEEP_S / 86400:.0f} days",
+         "whichever is less; looked at every minute"),
+        ("inputs that wait for a guest",
+         f"{guests.MOST_INPUTS:,}, {_bytes(guests.MOST_INPUT_BYTES)}",
+         "who is so far ahead reads no answers"),
         ("lines in the story of a process", f"{process.STORY_LINES}",
          "the first quarter stays, the middle goes"),
-        ("decisions in the record (`events`)", f"{kernel.RECORDS:,}", "in memory, oldest go first"),
+        ("lines of `dmesg`", f"{dmesg.LINES:,}", "in memory; all but leases are in a file, too"),
         ("nice", "-20 to 19", "as Linux; each step is about 1.25 times the share"),
         ("slice: interactive", _s(s[cls.INTERACTIVE]), "a turn among users comes soon"),
         ("slice: batch, idle", f"{_s(s[cls.BATCH])}, {_s(s[cls.IDLE])}",
          "a switch costs about 1 ms and a cold cache"),
-        ("being passed in the line for memory", _s(admission.PASSING_S),
+        ("being passed in the line for memory", _s(default.passing_s),
          "then no smaller process of its class passes it"),
+        ("waiting for memory before all others of the class go after it", _days(default.aging_s),
+         "no order of a policy starves anybody for ever"),
+        ("stay in memory before equals may displace it", _s(default.min_residency_s),
+         f"and {default.residency_moves:.0f} times what its move costs: moving loses a tenth at "
+         "most"),
+        ("share of batch against interactive work", f"{default.batch_share:.0%}",
+         "an average over a minute; `batch_share` in config.toml"),
+        ("token gaps of a stream that the share may touch", f"{reserve.TOUCHED:.0%}",
+         "one long turn now and then instead of many short ones"),
+        ("throughput from which two are packed on a device", f"{packing.WORTH:.2f}",
+         "of what they do in turns, measured"),
         ("margin on a measured peak",
          f"{ledger.MARGIN_SHARE:.0%} and {_bytes(ledger.MARGIN_BYTES)}",
          "what it may grow by before the next measurement"),
-        ("steps before a measurement counts", f"{lifecycle.SETTLED_STEPS}",
+        ("steps before a measurement counts", f"{outgrown.SETTLED_STEPS}",
          "the first steps allocate"),
         ("interval of measurements", _s(measure_s), "and at every `mem`"),
-        ("delay of a restart", f"1 s, doubled, at most {_s(lifecycle.BACKOFF_MAX_S)}",
+        ("delay of a restart", f"{_s(restarts.FIRST_S)}, doubled, at most {_s(restarts.LONGEST_S)}",
          "`--restart on-failure` and `always`; services"),
         ("`kill` waits", _s(kill.LIMIT_S), "then timed-out; the signal was sent"),
         ("`pause` waits", _s(pause.LIMIT_S), "until the worker is off the device"),
         ("`checkpoint` waits", _s(checkpoint_call.LIMIT_S), "the process may wait for its turn"),
         ("shutdown waits for workers", _s(kernel.DRAIN_S), "then they are killed"),
-        ("checkpoint of a training", f"every {_s(worker.CHECKPOINT_S)}, {keep} kept",
-         "what a crash may cost"),
+        ("checkpoint of a training", f"every {_s(saving.CHECKPOINT_S)}, {keep} kept",
+         "what a crash may cost; `--save-every`, `--keep`"),
         ("a worker's last words", _s(worker.LAST_WORDS_S),
          "how long an ended worker waits for the kernel to hear of it"),
         ("a call waits for a service to come up", _s(calls.UP_S),
          "then service-failed; the caller's own limit if that is shorter"),
+        ("a call to a service", _s(services_base.CALL_LIMIT_S),
+         "or as it declares; then its service has hung and is started again"),
+        ("a call of a program or a service waits for its turn", _s(calls.QUEUE_S),
+         "beside what the call itself may take"),
+        ("memory of a service", _bytes(services_base.MEMORY_BYTES),
+         "or as it declares, or `[services.NAME]` in config.toml; then it is started again"),
+        ("a service may take to start", _s(services.START_S), "then it is started again"),
+        ("a service that was asked to end", _s(host_driver.END_S), "then it is killed"),
+        ("importing a plugin", _s(isolated.IMPORT_S),
+         "in a process of its own; then it is left out, with its error"),
         ("a client waits for a plain answer", _s(client.ANSWER_S),
          "the kernel answers these in microseconds: silence means that it hangs"),
         ("the zygote may take to start", _s(zygote_starter.START_LIMIT_S),
@@ -224,6 +256,10 @@ def limits_part() -> str:
         ("a zygote without kernel and workers lives", _s(zygote.LONELY_S), "then it ends"),
     ]  # fmt: skip
     return "\n".join([*_table(("limit", "value", "reason"), rows), ""])
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:.0f} days"
 
 
 def _s(seconds: float) -> str:

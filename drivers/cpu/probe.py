@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmos.drivers.base import DeviceInfo
+from llmos.drivers.cpu import cgroup
 from llmos.kernel.errors import BadArgument
+from llmos.kernel.units import parse_bytes
 
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4,
-          "ki": 1024, "mi": 1024**2, "gi": 1024**3, "ti": 1024**4}  # fmt: skip
-
-# A limit this large means "none" in cgroup v1.
-_NO_LIMIT = 1 << 60
+# Linux is built for at most 8,192; a typing error must not become a list of a billion.
+MOST_CORES = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class CpuDevice:
     info: DeviceInfo
     cores: tuple[int, ...]
-
-
-def parse_bytes(text: str) -> int:
-    """`8GiB`, `500MB`, `1073741824` -> bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", text.strip().lower())
-    if match is None:
-        raise BadArgument(f"{text!r} is not a size", "write it as 8GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
@@ -46,70 +38,64 @@ def parse_cores(text: str) -> tuple[int, ...]:
             raise BadArgument(
                 f"{text!r} is not a list of cores", "write the smaller one first: 0-3"
             )
+        if found.stop > MOST_CORES:
+            raise BadArgument(f"{text!r} is not a list of cores", "so many there are nowhere")
         cores += found
     return tuple(dict.fromkeys(cores))
 
 
-def memory_bytes() -> tuple[int, int, str]:
-    """(total, available, where the total comes from): of the machine, or of our cgroup."""
-    meminfo = {
-        line.split(":")[0]: int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-    }
-    total, available = meminfo["MemTotal"], meminfo["MemAvailable"]
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            text = Path(limit_file).read_text().strip()
-            limit = int(text) if text != "max" else _NO_LIMIT
-            used = int(Path(usage_file).read_text())
-        except (OSError, ValueError):
-            continue
-        if limit < total:
-            return limit, max(0, limit - used), f"cgroup limit ({limit_file})"
-    return total, available, "MemTotal"
+def find(specs: list[str], root: Path = Path("/")) -> list[CpuDevice]:
+    """The configured devices, or one of all cores and all memory. Raises BadArgument.
 
-
-def find(specs: list[str]) -> list[CpuDevice]:
-    """The configured devices, or one of all cores and all memory. Raises BadArgument."""
+    The memory is looked up in /proc and /sys under `root`.
+    """
     allowed = tuple(sorted(os.sched_getaffinity(0)))
-    total, _, source = memory_bytes()
-    if not specs:
-        info = DeviceInfo("cpu0", "cpu", total, len(allowed), "cpu", f"affinity; {source}")
-        return [CpuDevice(info, allowed)]
-    found = [_parse(spec, allowed, total, len(specs)) for spec in specs]
-    _check_overlap(found, total)
+    memory = cgroup.read(root)
+    found = [_parse(spec, allowed, memory, max(1, len(specs))) for spec in specs or ["cpu0"]]
+    _check_together(found, memory)
     return found
 
 
-def _parse(spec: str, allowed: tuple[int, ...], total: int, count: int) -> CpuDevice:
+def _parse(spec: str, allowed: tuple[int, ...], memory: cgroup.Memory, count: int) -> CpuDevice:
     name, _, rest = spec.partition(":")
     if not re.fullmatch(r"cpu\d+", name):
         raise BadArgument(f"device {name!r} is not known here", "CPU devices are cpu0, cpu1, ...")
-    cores, capacity = allowed, total // count
+    cores, capacity = allowed, memory.total_bytes // count
+    cores_why, memory_why = "affinity", memory.why
+    if count > 1:
+        memory_why = f"1/{count} of {memory.why}"
     for item in filter(None, rest.split(",")):
         key, equals, value = item.partition("=")
         if key == "cores" and equals:
-            cores = parse_cores(value)
+            cores, cores_why = parse_cores(value), "as given"
         elif key == "memory" and equals:
-            capacity = parse_bytes(value)
+            capacity, memory_why = parse_bytes(value), "as given"
         else:
             raise BadArgument(f"{spec}: {item!r} is not known", "write cores=0-1 or memory=8GiB")
     if capacity <= 0:
         raise BadArgument(f"{spec}: {name} has no memory", "write memory=8GiB")
     missing = [c for c in cores if c not in allowed]
     if missing:
-        have = ", ".join(map(str, allowed))
+        have = show_cores(allowed)
         raise BadArgument(f"{spec}: core {missing[0]} is not available", f"cores here: {have}")
-    return CpuDevice(DeviceInfo(name, "cpu", capacity, len(cores), "cpu", "configured"), cores)
+    why = f"cores {show_cores(cores)}: {cores_why}; memory: {memory_why}"
+    return CpuDevice(DeviceInfo(name, "cpu", capacity, len(cores), "cpu", why), cores)
 
 
-def _check_overlap(found: list[CpuDevice], total: int) -> None:
+def show_cores(cores: Sequence[int]) -> str:
+    """(0, 1, 2, 5) -> `0-2+5`, as `parse_cores` reads it."""
+    runs: list[list[int]] = []
+    for core in sorted(cores):
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    return "+".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+
+
+def _check_together(found: list[CpuDevice], memory: cgroup.Memory) -> None:
+    if len({d.info.name for d in found}) < len(found):
+        raise BadArgument("two devices have the same name", "name them cpu0, cpu1, ...")
     owner: dict[int, str] = {}
     for device in found:
         for core in device.cores:
@@ -119,11 +105,10 @@ def _check_overlap(found: list[CpuDevice], total: int) -> None:
                     "give each core to one device",
                 )
             owner[core] = device.info.name
-    if len({d.info.name for d in found}) < len(found):
-        raise BadArgument("two devices have the same name", "name them cpu0, cpu1, ...")
-    asked = sum(d.info.capacity_bytes for d in found)
+    asked, total = sum(d.info.capacity_bytes for d in found), memory.total_bytes
     if asked > total:
         raise BadArgument(
-            f"the devices ask for {asked / 2**30:.1f} GiB; there are {total / 2**30:.1f} GiB",
+            f"the devices ask for {asked / 2**30:.1f} GiB; "
+            f"there are {total / 2**30:.1f} GiB ({memory.why})",
             "lower memory=",
         )

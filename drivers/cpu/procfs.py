@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_STATE, _PARENT, _START = 0, 1, 19  # fields of /proc/PID/stat after the name, see proc(5)
+# Fields of /proc/PID/stat after the name, and of /proc/PID/statm; see proc(5).
+_STATE, _PARENT, _GROUP, _START = 0, 1, 2, 19
+_DATA = 5
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def stat(os_pid: int) -> list[str] | None:
@@ -39,6 +43,12 @@ def is_stopped(os_pid: int) -> bool:
     return True
 
 
+def group(os_pid: int) -> int:
+    """Its process group; -1 when it is gone."""
+    fields = stat(os_pid)
+    return int(fields[_GROUP]) if fields else -1
+
+
 def children(os_pid: int) -> list[int]:
     """The process and all its descendants."""
     found = [os_pid]
@@ -56,6 +66,14 @@ def children(os_pid: int) -> list[int]:
     return found
 
 
+def affinity(os_pid: int) -> set[int]:
+    """The cores that a process may run on; none when it is gone."""
+    try:
+        return os.sched_getaffinity(os_pid)
+    except ProcessLookupError:
+        return set()
+
+
 def private_bytes(os_pid: int) -> int:
     """Private anonymous memory: what would come back if the process went.
 
@@ -63,6 +81,31 @@ def private_bytes(os_pid: int) -> int:
     with the zygote since the fork, and mapped weight files, are not among them.
     """
     return _rollup(os_pid, ("Private_Dirty:", "Private_Hugetlb:", "Swap:"))
+
+
+def data_bytes(os_pid: int) -> int:
+    """Private writable mappings, touched or not: what RLIMIT_DATA counts, and the stack (0.1 MiB).
+
+    0 when the process is gone. Takes 20 us.
+    """
+    try:
+        text = Path(f"/proc/{os_pid}/statm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(text.split()[_DATA]) * _PAGE
+
+
+def resident_bytes(os_pid: int) -> int:
+    """Resident pages that no file backs: nearly what `private_bytes` says, and takes 20 us.
+
+    Pages shared with a parent since a fork are among them. 0 when the process is gone.
+    """
+    try:
+        text = Path(f"/proc/{os_pid}/statm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    _, resident, shared, *_ = text.split()
+    return (int(resident) - int(shared)) * _PAGE
 
 
 def anonymous_bytes(os_pid: int) -> int:

@@ -5,7 +5,8 @@ statuses), so the kernel can be tested against machines that nobody has. A devic
 sim0[:memory=8GiB,lanes=2]. What a worker does follows from its arguments, whatever its program:
 
     steps, busy_ms      that many steps of that length          (default 10 of 5 ms)
-    memory_bytes        what it uses once it is loaded
+    memory_bytes        what it uses once it is loaded      grow_bytes    and more after each step
+    may_shrink          a `shrink` of its batch halves what it uses then
     fail_at             the step at which it raises             exit_status   what it ends with
     max_tokens          as a guest: the tokens it wants, one a step; `turns`: then it waits for
                         input instead of ending
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from llmos.drivers.base import (
     WorkerSaid,
     WorkerSpec,
 )
-from llmos.drivers.cpu.probe import parse_bytes
 from llmos.drivers.worker import checkpoint
 from llmos.drivers.worker.stream import Stream
-from llmos.kernel.errors import BadArgument, BadInput
+from llmos.kernel.errors import BadArgument, BadInput, OutOfMemory
+from llmos.kernel.units import parse_bytes
 
 START_S, LOAD_S, HOLD_S, EXIT_S = 0.002, 0.002, 0.0005, 0.001
 DEFAULT_MEMORY = 8 * 1024**3
@@ -74,6 +75,14 @@ class _Worker:
     want_stop: bool = False
     inbox: list[dict[str, Any]] = field(default_factory=list)
     over: bool = False
+    limit: int | None = None
+    freed: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it uses now."""
+        grown = self.step * int(self.args.get("grow_bytes", 0))
+        return int(self.args.get("memory_bytes", 0)) + grown - self.freed
 
 
 class SimDriver:
@@ -100,7 +109,9 @@ class SimDriver:
         for worker in list(self._workers.values()):
             self._forget(worker)
 
-    def plan(self, ticket: int, entry: str, args: dict[str, Any]) -> None:
+    def plan(
+        self, ticket: int, entry: str, args: dict[str, Any], user: Mapping[str, Any] | None = None
+    ) -> None:
         nbytes = int(args.get("memory_bytes", 0))
         answer = PlanMade(ticket, [{"kind": "activations", "bytes": nbytes, "shared": ""}])
         if nbytes < 0:
@@ -156,9 +167,14 @@ class SimDriver:
         if worker is not None and not worker.over:
             self._end(worker, 128 + signal)
 
+    def limit(self, worker_id: str, nbytes: int) -> None:
+        worker = self._workers.get(worker_id)
+        if worker is not None and not worker.over:
+            worker.limit = nbytes
+
     async def measure(self, device: str, system_pids: Sequence[int]) -> MemorySample:
         used = {
-            w.spec.worker_id: int(w.args.get("memory_bytes", 0))
+            w.spec.worker_id: w.memory_bytes
             for w in self._workers.values()
             if w.spec.device == device and w.loaded
         }
@@ -219,6 +235,12 @@ class SimDriver:
                 guest.rank, guest.parked = tuple(m["rank"]), m["parked"]
             case "checkpoint":
                 worker.want_checkpoint = True
+            case "shrink":
+                shrank = m["level"] == "caches" or bool(worker.args.get("may_shrink"))
+                freed = worker.memory_bytes // 2 if m["level"] == "batch" and shrank else 0
+                worker.freed += freed
+                said = {"level": m["level"], "shrank": shrank, "freed_bytes": freed}
+                self._say(worker, {"k": "shrunk", **said}, keep=True)
             case "stop":
                 worker.want_stop = True
                 if worker.step and not worker.left_s:
@@ -265,12 +287,25 @@ class SimDriver:
         if worker.step == int(worker.args.get("fail_at", -1)):
             self._done(worker, 1, "RuntimeError: told to fail")
             return
+        if self._hit_the_wall(worker):
+            return
         if worker.engine:
             self._token(worker)
         else:
             self._report(worker)
         if not worker.over:
             self._read(worker)
+
+    def _hit_the_wall(self, worker: _Worker) -> bool:
+        """Has it just grown beyond its limit? Then that was its end."""
+        if worker.limit is None or worker.memory_bytes <= worker.limit:
+            return False
+        wanted = int(worker.args.get("grow_bytes", 0))
+        had = worker.memory_bytes - wanted
+        error = OutOfMemory(f"it had {had} bytes and asked for {wanted} more").to_wire()
+        memory = {"peak_bytes": had, "promised_bytes": worker.limit, "wanted_bytes": wanted}
+        self._done(worker, 1, error["message"], {"error": error, "memory": memory})
+        return True
 
     def _token(self, worker: _Worker) -> None:
         runnable = self._runnable(worker)
@@ -324,8 +359,11 @@ class SimDriver:
         said = {"k": "checkpointed", "folder": str(folder), "step": worker.step}
         self._say(worker, said, keep=True)
 
-    def _done(self, worker: _Worker, status: int, reason: str) -> None:
-        end = {"status": status, "reason": reason, "result": {"steps": worker.step}}
+    def _done(
+        self, worker: _Worker, status: int, reason: str, result: dict[str, Any] | None = None
+    ) -> None:
+        result = {"steps": worker.step} if result is None else result
+        end = {"status": status, "reason": reason, "result": result}
         self._say(worker, {"k": "done", **end}, keep=True)
         self._end(worker, status)
 
@@ -356,4 +394,6 @@ def _parse(spec: str) -> DeviceInfo:
             lanes = int(value)
         else:
             raise BadArgument(f"{spec}: {item!r} is not known", "write memory=8GiB or lanes=2")
-    return DeviceInfo(name, "sim", capacity, lanes, "cpu", "simulated")
+    if capacity <= 0:
+        raise BadArgument(f"{spec}: {name} has no memory", "write memory=8GiB")
+    return DeviceInfo(name, "sim", capacity, lanes, "cpu", "simulated, nothing is computed")

@@ -9,19 +9,22 @@ the next. It is the parent of the workers: it reaps them and writes each exit st
 worker's folder before it tells anybody.
 
 Messages (frames of kernel/wire.py). From the kernel:
-    fork   worker_id, folder, log, cwd, env, cores, home      -> forked os_pid | failed error
-    plan   ticket, entry, args                                -> planned segments | error
+    fork   worker_id, folder, log, cwd, env, cores, ranks, home, user, private
+                                                              -> forked os_pid | failed error
+    plan   ticket, entry, args, user, private                 -> planned segments | error
     end                                                       the zygote exits
+`user` is whom the child becomes (drop.py); `private` names a file with the rest of the order.
 To the kernel: ready, forked, failed, exited (worker_id, status), planned.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import gc
 import importlib
 import importlib.metadata
-import json
 import os
 import select
 import signal
@@ -31,11 +34,29 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llmos.kernel.errors import LlmosError
+from llmos.drivers.worker import ranks
+from llmos.drivers.worker.link import ALONE_S
+from llmos.drivers.worker.output import forgive, write_whole
+from llmos.drivers.worker.reap import WORKER_VARIABLE, let_go, reap
+from llmos.kernel import drop
+from llmos.kernel.errors import BadInput, LlmosError
 from llmos.kernel.wire import Unpacker, pack
+
+# The exit status of a zygote that finds another one of its home.
+EXIT_OTHER = 75
 
 # With no kernel and no child for this long nobody will ever ask again.
 LONELY_S = 60.0
+
+# An exit status that the disk did not take is tried again after so long.
+UNWRITTEN_S = 1.0
+
+# prctl(2): orphaned descendants become children of this process; the signal at the parent's end.
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG = 1
+
+# With workers it looks so often whether there is a kernel.
+LOOK_S = 1.0
 
 # One thread each: `import numpy` alone starts OpenBLAS threads, and a fork copies only the
 # thread that forks. Workers raise the number for themselves after the fork.
@@ -57,6 +78,11 @@ PRELOADED = (
 )
 
 
+# How much likelier a worker is than the kernel to be ended when the machine has no memory left:
+# as if it held half of it. What a worker starts inherits it.
+OOM_ABOVE, OOM_MOST = 500, 1000
+
+
 class Zygote:
     def __init__(self, path: str) -> None:
         self.listener = socket.socket(socket.AF_UNIX)
@@ -69,8 +95,12 @@ class Zygote:
         self.kernel: socket.socket | None = None
         self.unpacker = Unpacker()
         self.workers: dict[int, tuple[str, Path]] = {}  # os_pid -> worker_id, folder
-        self.plans: dict[int, tuple[int, int, bytearray]] = {}  # pipe -> ticket, os_pid, bytes
+        self.unwritten: dict[Path, int] = {}  # exit statuses that the disk has not taken
+        self.plans: dict[int, tuple[int, bytearray]] = {}  # pipe -> ticket, what it has said
         self.lonely_since = time.monotonic()
+        self.alone_since: float | None = None  # since when there is no kernel
+        self.alone_s = ALONE_S
+        self.thawed = False
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         os.set_blocking(self.wake_write, False)
@@ -83,7 +113,8 @@ class Zygote:
             watched: list[Any] = [self.listener, self.wake_read, *self.plans]
             if self.kernel is not None:
                 watched.append(self.kernel)
-            ready, _, _ = select.select(watched, [], [], LONELY_S)
+            pause = LOOK_S if self.workers else UNWRITTEN_S if self.unwritten else LONELY_S
+            ready, _, _ = select.select(watched, [], [], pause)
             for source in ready:
                 if source is self.listener:
                     self.meet()
@@ -95,10 +126,23 @@ class Zygote:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.wake_read, 4096)
             self.reap()
+            self.thaw_when_alone()
+            self.write_exits()
             if self.kernel is not None or self.workers:
                 self.lonely_since = time.monotonic()
             elif time.monotonic() - self.lonely_since > LONELY_S:
                 return
+
+    def thaw_when_alone(self) -> None:
+        """Without a kernel for a while: who was held goes on, to a safepoint, and waits there."""
+        if self.kernel is not None:
+            self.alone_since = None
+        elif self.alone_since is None:
+            self.alone_since, self.thawed = time.monotonic(), False
+        elif not self.thawed and time.monotonic() - self.alone_since >= self.alone_s:
+            self.thawed = True
+            for os_pid, (_, folder) in self.workers.items():
+                let_go(os_pid, folder)
 
     def meet(self) -> None:
         """A kernel dials. The newest one is the one that counts."""
@@ -112,8 +156,9 @@ class Zygote:
             self.kernel.close()
         self.kernel, self.unpacker = connection, Unpacker()
         self.tell(
-            {"k": "ready", "os_pid": os.getpid(), "threads": len(os.listdir("/proc/self/task"))}
-        )
+            {"k": "ready", "os_pid": os.getpid(), "threads": len(os.listdir("/proc/self/task")),
+             "workers": {worker_id: os_pid for os_pid, (worker_id, _) in self.workers.items()}}
+        )  # fmt: skip
 
     def tell(self, message: dict[str, Any]) -> None:
         """To the kernel, if there is one. What must not be lost lies on disk."""
@@ -147,6 +192,7 @@ class Zygote:
 
     def fork_worker(self, order: dict[str, Any]) -> None:
         """Bind the worker's socket first: whoever is told of the fork can dial at once."""
+        self.alone_s = float(order.get("alone_s", ALONE_S))
         folder = Path(order["folder"])
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -172,9 +218,15 @@ class Zygote:
         status = 70  # what a shell calls an internal software error
         try:
             self.leave_parent(keep=listener.fileno())
+            order = {**drop.read_private(order), "owner": os.getuid()}
+            leave_session()
+            drop.become(order.get("user"))
+            order["env"] = {**drop.environment(order.get("user")), **(order.get("env") or {})}
             settle(order)
+            forgive()
+            team = ranks.fork(order, listener)
             main = importlib.import_module("llmos.drivers.worker.main")
-            status = main.main(order, listener)
+            status = main.main(order, listener, team)
         finally:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
@@ -188,24 +240,24 @@ class Zygote:
         if os_pid == 0:
             try:
                 self.leave_parent(keep=write)
+                order = drop.read_private(order)
+                drop.become(order.get("user"))
                 answer = plan(order)
                 with os.fdopen(write, "wb") as out:
                     out.write(pack(answer))
             finally:
                 os._exit(0)
         os.close(write)
-        self.plans[read] = (order["ticket"], os_pid, bytearray())
+        self.plans[read] = (order["ticket"], bytearray())
 
     def read_plan(self, pipe: int) -> None:
-        ticket, os_pid, collected = self.plans[pipe]
+        ticket, collected = self.plans[pipe]
         data = os.read(pipe, 1 << 16)
         if data:
             collected += data
             return
         os.close(pipe)
         del self.plans[pipe]
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(os_pid, 0)
         answers = list(Unpacker().feed(bytes(collected))) if collected else []
         if not answers:
             error = {"code": "worker-lost", "message": "the planner died", "hint": ""}
@@ -213,19 +265,35 @@ class Zygote:
         self.tell({"k": "planned", "ticket": ticket, **answers[0]})
 
     def reap(self) -> None:
-        """Collect dead workers: the status goes to disk, then to the kernel."""
-        for os_pid in list(self.workers):
+        """Collect dead children; a worker's status goes to disk, then to the kernel.
+
+        Among them are planners, and the ranks of workers that died before them.
+        """
+        while True:
             try:
-                found, raw = os.waitpid(os_pid, os.WNOHANG)
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
-                found, raw = os_pid, 0
-            if not found:
-                continue
-            worker_id, folder = self.workers.pop(os_pid)
-            code = os.waitstatus_to_exitcode(raw)
-            status = code if code >= 0 else 128 - code
-            write_exit(folder, status)
-            self.tell({"k": "exited", "worker_id": worker_id, "status": status})
+                return
+            if found is None:
+                return
+            if found.si_pid in self.workers:
+                self.bury(found.si_pid)
+            else:
+                os.waitpid(found.si_pid, 0)
+
+    def bury(self, os_pid: int) -> None:
+        worker_id, folder = self.workers.pop(os_pid)
+        status = reap(os_pid, folder)
+        assert status is not None, "it has ended"
+        self.unwritten[folder] = status
+        self.write_exits()
+        self.tell({"k": "exited", "worker_id": worker_id, "status": status})
+
+    def write_exits(self) -> None:
+        """On a full disk they wait here for room."""
+        for folder, status in list(self.unwritten.items()):
+            if write_exit(folder, status):
+                del self.unwritten[folder]
 
     def leave_parent(self, keep: int) -> None:
         """In a child: nothing of the zygote's sockets, pipes and signals stays."""
@@ -237,22 +305,37 @@ class Zygote:
         os.closerange(keep + 1, limit)
 
 
-def write_exit(folder: Path, status: int) -> None:
-    """Leave the exit status where a later kernel finds it. A torn file must not be seen."""
-    with contextlib.suppress(OSError):
-        aside = folder / ".exit"
-        aside.write_text(json.dumps({"status": status}))
-        aside.rename(folder / "exit")
+def write_exit(folder: Path, status: int) -> bool:
+    """Leave the exit status where a later kernel finds it -> False when it must be tried again."""
+    try:
+        write_whole(folder / "exit", {"status": status})
+    except FileNotFoundError:
+        return True  # the kernel knows already: it has cleaned up
+    except OSError:
+        return False
+    return True
 
 
-def settle(order: dict[str, Any]) -> None:
-    """Make the forked child an OS process of its own: session, folder, log, environment, cores."""
+def leave_session() -> None:
+    """Make the forked child an OS process of its own for the system's scheduler and its end."""
     os.setsid()
     # Sessions are scheduling groups where autogroup is on: nice alone does nothing between
     # them. 0 is the middle; the kernel is what decides among workers.
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text("0")
+    # Raising it needs no privilege, lowering it would: the kernel and the services keep theirs.
+    with contextlib.suppress(OSError, ValueError):
+        adjust = Path("/proc/self/oom_score_adj")
+        adjust.write_text(str(min(OOM_MOST, int(adjust.read_text()) + OOM_ABOVE)))
+
+
+def settle(order: dict[str, Any]) -> None:
+    """Its folder, log, environment and cores, as the user whose process it is."""
+    # With the zygote goes who would let it go on when no kernel comes: it is let go at once. A
+    # kernel that lives holds it again. (Here: who becomes another user is asked anew.)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT, 0, 0, 0)
     os.environ.update(order.get("env") or {})
+    os.environ[WORKER_VARIABLE] = order["folder"]
     with contextlib.suppress(OSError):
         os.chdir(order.get("cwd") or order["home"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -269,6 +352,10 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     """Run a program's plan -> {"segments"} or {"error"}."""
     from llmos.drivers.worker.programs import build_args, load_program
 
+    if not order["entry"]:
+        return look(order["args"]["paths"])
+    # A child of its own makes each plan: nobody else sees this.
+    os.environ["LLMOS_DEVICE"] = order["device"]
     try:
         program = load_program(order["entry"])
         footprint = program.plan(build_args(program, order["args"]))
@@ -281,6 +368,18 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
         text = f"planning failed: {type(exc).__name__}: {exc}".splitlines()[0]
         return {"error": LlmosError(text, "the zygote's log has the whole story").to_wire()}
     return {"segments": footprint.to_wire()}
+
+
+def look(paths: list[str]) -> dict[str, Any]:
+    """Whether this user can open these folders and what lies in them -> a plan of nothing."""
+    try:
+        for path in paths:
+            for name in os.listdir(path):
+                os.close(os.open(os.path.join(path, name), os.O_RDONLY | os.O_NONBLOCK))
+    except OSError as exc:
+        text = f"{exc.filename} cannot be read: {exc.strerror}"
+        return {"error": BadInput(text, "`llmos models` lists those of the home").to_wire()}
+    return {"segments": []}
 
 
 def preload() -> None:
@@ -300,7 +399,20 @@ def preload() -> None:
     gc.freeze()
 
 
+def be_the_one(path: str) -> bool:
+    """Lock a file for as long as this process lives: while one zygote loads, a kernel that follows
+    the one that started it would start another."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True  # never closed: children close what they have of it
+
+
 def main() -> None:
+    if not be_the_one(sys.argv[1] + ".lock"):
+        raise SystemExit(EXIT_OTHER)
     for name in THREAD_VARIABLES:
         os.environ[name] = "1"
     preload()
@@ -308,6 +420,8 @@ def main() -> None:
     if threads != 1:
         sys.stderr.write(f"zygote: {threads} OS threads after preloading; forks may hang\n")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The ranks of a worker that dies come here to be reaped.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     zygote = Zygote(sys.argv[1])
     try:
         zygote.serve()

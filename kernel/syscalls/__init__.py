@@ -10,6 +10,7 @@ from llmos.kernel.syscalls import (
     attach,
     call,
     checkpoint,
+    dmesg,
     events,
     explain,
     kill,
@@ -49,5 +50,6 @@ HANDLERS: dict[type[Any], Callable[[Any, Any, Any], Any]] = {
     protocol.Call: call.handle,
     protocol.Services: services.handle,
     protocol.Events: events.handle,
+    protocol.Dmesg: dmesg.handle,
     protocol.Shutdown: shutdown.handle,
 }

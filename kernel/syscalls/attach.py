@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
-from llmos.kernel import protocol
+from llmos.kernel import access, protocol
 from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument
 from llmos.kernel.kernel import Kernel
@@ -18,7 +18,13 @@ async def handle(
 ) -> AsyncIterator[tuple[str, Any]]:
     if request.offset < 0:
         raise BadArgument(f"offset is 0 or more, not {request.offset}")
+    if request.pid not in kernel.core.m.procs:
+        await kernel.adopted.wait()  # an engine may know it
+        access.check(kernel, request, client)
     proc = kernel.core.m.find(request.pid)
+    if request.own and proc.attached and proc.uid == client.uid:
+        kernel.has_owner(proc.pid)
+        client.attached.add(proc.pid)
     path, offset = kernel.home.work(proc.pid) / "stream", request.offset
     while True:
         # Asked before reading: what is written after the read is seen in the next round.

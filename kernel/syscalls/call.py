@@ -10,5 +10,4 @@ from llmos.kernel.kernel import Kernel
 
 
 async def handle(kernel: Kernel, request: protocol.Call, client: Connection) -> Any:
-    await kernel.services_started.wait()
-    return await kernel.calls.call(request.method, request.args, request.timeout_s)
+    return await kernel.calls.call(request.method, request.args, request.timeout_s, client.uid)

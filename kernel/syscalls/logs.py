@@ -9,7 +9,7 @@ from llmos.kernel import protocol
 from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument
 from llmos.kernel.kernel import Kernel
-from llmos.kernel.streams import read_bytes, tail_offset
+from llmos.kernel.streams import first_data, read_bytes, tail_offset
 
 # A process prints without telling the kernel: a reader that follows looks this often.
 LOOK_S = 0.2
@@ -25,6 +25,12 @@ async def handle(
     offset = tail_offset(path, request.tail) if request.tail >= 0 else request.offset
     while True:
         ended = not proc.live
+        goes_on = first_data(path, offset)
+        if goes_on != offset:
+            size = kernel.config.log_size
+            note = f"[the log is kept to {size:,} bytes: what came before is gone]\n"
+            offset = goes_on
+            yield "item", {"offset": offset, "data": note.encode()}
         data = read_bytes(path, offset)
         if data:
             offset += len(data)

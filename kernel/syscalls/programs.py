@@ -10,5 +10,7 @@ from llmos.kernel.kernel import Kernel
 
 
 async def handle(kernel: Kernel, request: protocol.Programs, client: Connection) -> dict[str, Any]:
-    await kernel.manifest_ready.wait()
+    await kernel.installed.ready.wait()
+    if request.checked:
+        await kernel.installed.checked.wait()
     return kernel.manifest

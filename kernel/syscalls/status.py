@@ -28,25 +28,38 @@ def handle(kernel: Kernel, request: protocol.Status, client: Connection) -> dict
             (d.statistics() for k, d in kernel.drivers.items() if k != "host"), {"state": "none"}
         ),
         "processes": dict(states),
+        "adopting": kernel.adopting(),
         "clients": len(kernel.clients),
-        "journal": {"commits": kernel.journal.commits, "error": kernel.journal.failed or None},
+        "journal": {
+            "commits": kernel.journal.commits,
+            "error": kernel.journal.failed or None,
+            "mode": kernel.journal.mode,
+            "set_aside": sorted(kernel.journal.aside),
+        },
+        "disk": {
+            "kind": kernel.health.disk.kind,
+            "network": kernel.health.disk.network,
+            "free_bytes": kernel.health.free_bytes,
+            "trouble": kernel.health.trouble or None,
+        },
     }
 
 
 def _device(kernel: Kernel, name: str, now: float) -> dict[str, Any]:
     info, _ = kernel.devices[name]
     queue = kernel.core.m.devices[name]
-    holder = kernel.core.m.workers[queue.lease.worker_id].pid if queue.lease else None
-    busy = queue.busy_s + (now - queue.lease.charged_until if queue.lease else 0.0)
+    holders = [kernel.core.m.workers[w].pid for w in queue.leases]
+    busy = queue.busy_until(now)
     return {
         "device": name,
         "kind": info.kind,
         "lanes": info.lanes,
         "capacity_bytes": info.capacity_bytes,
-        "found": info.why,
-        "running_pid": holder,
+        "found": f"{kernel.config.devices_from or 'found'}: {info.why}",
+        "running_pid": holders[0] if holders else None,
+        "running_pids": holders,
         "load": round(queue.load(now), 3),
         "busy_s": round(busy, 3),
         "idle_s": round(now - queue.started_at - busy, 3),
-        "processes": sum(p.device == name and p.live for p in kernel.core.m.procs.values()),
+        "processes": sum(name in p.devices and p.live for p in kernel.core.m.procs.values()),
     }

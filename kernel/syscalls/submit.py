@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import hashlib
 import json
@@ -11,36 +12,64 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmos.kernel import admission, arguments, protocol
+from llmos.kernel import access, admission, arguments, forecast, protocol, restarts
 from llmos.kernel import events as ev
 from llmos.kernel.connection import Connection
-from llmos.kernel.errors import BadArgument, Busy, LlmosError, NoSuchThing
-from llmos.kernel.kernel import Kernel, user_name
+from llmos.kernel.errors import BadArgument, Busy, HomeUnusable, LlmosError, NoSuchThing
+from llmos.kernel.journal import journaled
+from llmos.kernel.kernel import Kernel
+from llmos.kernel.names import user_name
 from llmos.kernel.process import CLASSES, RUNNABLE, Process, Role
 from llmos.kernel.syscalls import checkpoint
+from llmos.kernel.syscalls.renice import deadline_at
 
-RESTARTS = ("no", "on-failure", "always")
+MOST_HANG_S = 30 * 86_400.0
+MAX_NAME = 200  # it is in every row of `ps`
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -> dict[str, Any]:
-    await kernel.manifest_ready.wait()
+    await kernel.installed.ready.wait()
+    if request.program not in kernel.manifest.get("programs", {}):
+        await kernel.installed.checked.wait()  # it may have come since the last boot
     if kernel.core.m.shutting_down:
         raise Busy("the kernel shuts down", "boot it again, then submit")
+    if not request.dry_run:
+        kernel.health.check()
     schema = _schema(kernel, request.program)
+    access.check_rank(client, request, schema["default_class"])
+    _check_room(kernel, client)
     await _first_checkpoints(kernel, schema, request, client)
-    args = arguments.check(schema, request.args, request.cwd, lambda m: _model(kernel, m))
+    args = arguments.check(
+        schema, request.args, request.cwd, lambda m: _model(kernel, m, client),
+        kernel.config.argument_defaults(), request.env, request.dry_run,
+    )  # fmt: skip
     _check_output(kernel, schema, args)
+    _check_foreign(kernel, schema, request.device)
     proc = _process(kernel, request, schema, args, client.uid)
     if request.dry_run:
-        return await _dry_run(kernel, schema, proc)
+        return await _dry_run(kernel, schema, proc, request.any_size)
     if proc.role is Role.GUEST:
         await _submit_guest(kernel, schema, proc, client)
     else:
         _enter(kernel, proc, client)
         await _plan(kernel, schema, proc)
-    await kernel.journal.flushed()
+    if journaled(proc):
+        try:
+            await kernel.journal.flushed()
+        except HomeUnusable:
+            kernel.spawn(_withdraw(kernel, proc.pid))
+            raise
     return {"pid": proc.pid}
+
+
+async def _withdraw(kernel: Kernel, pid: int) -> None:
+    """It was not acknowledged, so it must not run."""
+    with contextlib.suppress(LlmosError):
+        kernel.post(ev.KillAsked(pid, 9))
+    with contextlib.suppress(LlmosError):
+        await kernel.changed(pid, lambda p: not p.live, None)
+        kernel.post(ev.Expired((pid,)))
 
 
 async def _first_checkpoints(
@@ -55,7 +84,12 @@ async def _first_checkpoints(
             worker = kernel.core.m.worker_of(proc)
             if proc.args.get("out") != ref or proc.checkpoint is not None or worker is None:
                 continue
-            if proc.has_checkpoint and proc.state in RUNNABLE and worker.loaded:
+            if (
+                access.is_own(client, proc)
+                and proc.has_checkpoint
+                and proc.state in RUNNABLE
+                and worker.loaded
+            ):
                 await checkpoint.handle(kernel, protocol.Checkpoint(proc.pid), client)
 
 
@@ -73,6 +107,10 @@ async def _submit_guest(
 ) -> None:
     """Into the engine of its model; the first guest of a model has one made and planned."""
     m = kernel.core.m
+    if access.drop_to(proc.uid) is not None:
+        paths = [v for v in proc.args.values() if isinstance(v, str) and v.startswith("/")]
+        model = [proc.args[f["name"]] for f in schema["args"] if f.get("model")]
+        await kernel.planner.look(proc, [p for p in paths if p in model])
     if proc.engine_key in m.engines:
         _enter(kernel, proc, client)
         planning = kernel.planning.get(proc.engine_pid)
@@ -96,7 +134,7 @@ async def _plan(kernel: Kernel, schema: dict[str, Any], proc: Process) -> None:
 
 async def _plan_and_admit(kernel: Kernel, schema: dict[str, Any], proc: Process) -> None:
     try:
-        segments = await kernel.plan(schema, proc)
+        segments = await kernel.planner.plan(schema, proc)
     except LlmosError as exc:
         kernel.post(ev.PlanFailed(proc.pid, str(exc)))
         raise
@@ -104,23 +142,17 @@ async def _plan_and_admit(kernel: Kernel, schema: dict[str, Any], proc: Process)
         kernel.post(ev.Planned(proc.pid, segments))
 
 
-async def _dry_run(kernel: Kernel, schema: dict[str, Any], proc: Process) -> dict[str, Any]:
+async def _dry_run(
+    kernel: Kernel, schema: dict[str, Any], proc: Process, any_size: bool
+) -> dict[str, Any]:
     planned = schema
     if proc.role is Role.GUEST:
         proc = kernel.make_engine(schema, proc, proc.uid)
         planned = kernel.schema_of(proc.program)
-    proc.segments = await kernel.plan(planned, proc)
-    admission.refuse_what_never_fits(kernel.core.m, proc)
-    ledger = kernel.core.m.ledger
-    devices = admission.devices_for(kernel.core.m, proc)
-    fits = [d for d in devices if ledger.can_reserve(d, proc.segments)]
-    return {
-        "footprint": proc.segments,
-        "total_bytes": sum(s["bytes"] for s in proc.segments),
-        "device": (fits or devices)[0],
-        "fits_now": bool(fits),
-        "free_bytes": ledger.free((fits or devices)[0]),
-    }
+    proc.segments = await kernel.planner.plan(planned, proc)
+    if not any_size:
+        admission.refuse_what_never_fits(kernel.core.m, proc)
+    return forecast.of(kernel, proc)
 
 
 def _schema(kernel: Kernel, program: str) -> dict[str, Any]:
@@ -141,31 +173,60 @@ def _process(
     cls = request.cls or schema["default_class"]
     if cls not in CLASSES:
         raise BadArgument(f"class is one of {', '.join(CLASSES)}, not {cls!r}")
-    if request.restart not in RESTARTS:
-        raise BadArgument(f"restart is one of {', '.join(RESTARTS)}, not {request.restart!r}")
+    restarts.parse(request.restart)
+    hang_s = request.hang_s
+    if hang_s is not None and not 0 <= hang_s <= MOST_HANG_S:
+        raise BadArgument(f"hang_s is 0 to {MOST_HANG_S:.0f} seconds, not {hang_s!r}")
+    if hang_s is None and schema.get("foreign"):
+        hang_s = 0.0  # nobody knows what it is like when it works
     if not all(isinstance(v, str) for v in request.env.values()):
         raise BadArgument("env is a map of texts to texts")
     if request.device and request.device not in kernel.devices:
         raise NoSuchThing(
             f"there is no device {request.device!r}", f"devices: {', '.join(kernel.devices)}"
         )
+    if len(request.name) > MAX_NAME:
+        raise BadArgument(f"a name has at most {MAX_NAME} characters")
     return Process(
         pid=kernel.take_pid(), program=request.program, args=args, user=user_name(uid), uid=uid,
         submitted_at=kernel.now(), name=request.name or _name(schema, {**args, **request.args}),
         role=Role.GUEST if schema["engine"] else Role.PROCESS, device_wanted=request.device,
         cwd=request.cwd, env=request.env, attached=request.attached, restart=request.restart,
         has_checkpoint=schema["has_checkpoint"], cls=CLASSES[cls], nice=request.nice,
-        engine_key=_engine_key(schema, args, request.device),
+        engine_key=_engine_key(schema, args, request.device, uid),
+        gang=_gang(kernel, args, request),
+        may_shrink=bool(args.get("may_shrink")), lanes=int(args.get("threads") or 0),
+        declared=bool(schema.get("foreign") and args.get("memory")),
+        deadline_at=deadline_at(kernel, request.deadline_s) or None, hang_s=hang_s,
     )  # fmt: skip
 
 
-def _engine_key(schema: dict[str, Any], args: dict[str, Any], device: str) -> str:
+def _gang(kernel: Kernel, args: dict[str, Any], request: protocol.Submit) -> int:
+    """How many devices a process wants. Raises BadArgument when there are not so many."""
+    count = int(args.get("devices") or 1)
+    if count > 1 and request.device:
+        raise BadArgument(
+            f"--devices {count} and --device {request.device} cannot be together",
+            "the kernel chooses the devices of a process that wants several",
+        )
+    have = len(kernel.core.m.pool)
+    if count > have:
+        raise BadArgument(
+            f"--devices is {count}; this machine has {have}",
+            "ask for fewer, or boot with more: --device cpu0:cores=0 --device cpu1:cores=1",
+        )
+    return count
+
+
+def _engine_key(schema: dict[str, Any], args: dict[str, Any], device: str, uid: int) -> str:
     if not schema["engine"]:
         return ""
     # How long to keep the model says nothing about which model it is.
     chosen = {n: args[n] for n in schema["engine_args"] if n in args and n != "keep_alive_s"}
     versions = [_version(v) for v in chosen.values() if isinstance(v, str) and v.startswith("/")]
-    text = json.dumps([schema["engine"], chosen, device, versions], sort_keys=True)
+    # An engine runs as one user, and reads what he may read: another's guests have their own.
+    whose = [] if access.drop_to(uid) is None else [uid]
+    text = json.dumps([schema["engine"], chosen, device, versions, *whose], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -178,14 +239,37 @@ def _version(path: str) -> list[int]:
     return [found.st_ino, found.st_mtime_ns]
 
 
+def _check_room(kernel: Kernel, client: Connection) -> None:
+    """Raise Busy when a user has as many processes as one may have."""
+    most = kernel.config.max_processes
+    if len(kernel.core.m.by_user.get(client.uid, ())) >= most:
+        raise Busy(
+            f"user {user_name(client.uid)} has {most:,} processes that have not ended",
+            "wait for some to end; the limit is max_processes in config.toml",
+        )
+
+
 def _name(schema: dict[str, Any], args: dict[str, Any]) -> str:
-    """What `ps` shows when the user gave no name: the output, or the model, or the data."""
-    for key in ("output", "model", "path"):
+    """What `ps` shows when the user gave no name: the command, output, model or data."""
+    for key in ("command", "output", "model", "path"):
         for f in schema["args"]:
             value = args.get(f["name"])
-            if f.get(key) and isinstance(value, str) and value:
-                return Path(value).name
+            if not f.get(key) or not value:
+                continue
+            if isinstance(value, list):  # `python -u train.py` is called by its script
+                value = next((w for w in value if w.endswith((".py", ".sh"))), value[0])
+            return Path(str(value)).name
     return ""
+
+
+def _check_foreign(kernel: Kernel, schema: dict[str, Any], device: str) -> None:
+    """A command knows no gate: on a device that no signal holds it would go on beside others."""
+    names = [device] if device in kernel.devices else list(kernel.core.m.pool)
+    if schema.get("foreign") and any(kernel.devices[n][0].kind == "cuda" for n in names):
+        raise BadArgument(
+            f"{schema['name']} on {names[0]} cannot be held yet, so it is not run there",
+            "boot with a CPU device beside it, and say --device cpu0",
+        )
 
 
 def _check_output(kernel: Kernel, schema: dict[str, Any], args: dict[str, Any]) -> None:
@@ -207,17 +291,21 @@ def _check_output(kernel: Kernel, schema: dict[str, Any], args: dict[str, Any]) 
                 raise BadArgument(f"process {other.pid} makes a model {name!r} at this moment")
 
 
-def _model(kernel: Kernel, ref: str) -> str:
+def _model(kernel: Kernel, ref: str, client: Connection) -> str:
     """A registry name, the name of a model in the making, a path or a hub name -> for loading."""
     if ref.startswith("/"):
-        if not Path(ref).exists():
+        # Whether others' folders exist is not told here: the plan, under his uid, says it.
+        if access.is_admin(client.uid) and not Path(ref).exists():
             raise NoSuchThing(f"there is no model folder {ref}", "`llmos models` lists the names")
         return ref
     if OUTPUT_NAME.fullmatch(ref):
         registered = kernel.home.models / ref
-        if registered.is_dir():
+        if registered.is_dir() and (access.is_admin(client.uid) or not registered.is_symlink()):
             return str(registered)
-        making = [p for p in kernel.core.m.procs.values() if p.args.get("out") == ref]
+        making = [
+            p for p in kernel.core.m.procs.values()
+            if p.args.get("out") == ref and access.is_own(client, p)
+        ]  # fmt: skip
         ready = [p.checkpoint["folder"] for p in making if p.checkpoint]
         if ready:
             return str(ready[-1])

@@ -1,145 +1,200 @@
 # ruff: noqa: TID253  (imported lazily, by workers only)
-"""Predict the device memory of a language model, by kind, without allocating any.
+"""Predict the device memory of a language model's training, by kind, without allocating any.
 
-It does not know programs or the books. Shapes come from the meta device; what cannot be read
-from shapes (the library itself, its caches) is one fitted constant a kind of use.
+A step runs on tensors without memory (`dryrun`), so that what is predicted is what torch would
+hold: logits, casts, gradients and the optimizer's states included. What no tensor shows (the
+library itself, its threads and caches) is one measured constant a kind of worker. It does not know
+programs or the books.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
+from llmos.services.model.dryrun import Books, give_memory
 from llmos.services.model.load import weight_files
-from llmos.services.programs.base import Footprint, Segment
+from llmos.services.optim import optimizers
+from llmos.services.programs.base import COPY, Footprint, Segment
 
-# Private memory of a process forked from the zygote that computes: thread pools, the scratch
-# of oneDNN, code that ran for the first time. Fitted on 2 cores of x86-64 (torch 2.13, CPU).
-BASE_BYTES = {"train": 150 << 20, "infer": 60 << 20}
+# Private memory of a worker on a CPU that trains, beside its tensors: the pages of the zygote that
+# it writes to, thread pools, oneDNN's code, the tokenizer. Measured by
+# tests/bench/bench_footprint.py.
+CONTEXT_BYTES = 80 << 20
+RECURRENT_CONTEXT_BYTES = 60 << 20
 
-# Bytes kept for the backward pass, per token, layer and unit of width (and of the MLP's width), by
-# the bytes of a value in the products: counted with saved-tensor hooks for the transformer, fitted
-# to measured peaks for the recurrent models, whose kernels keep workspaces of their own.
-TRANSFORMER = {4: (40.0, 16.0), 2: (34.0, 8.0)}
-RECURRENT = {
-    "llmos_rnn": {4: 21.0, 2: 13.0},
-    "llmos_lstm": {4: 36.0, 2: 32.0},
-    "llmos_gru": {4: 36.0, 2: 27.0},
-}
+# Beside the activations of a CPU: scratch memory of kernels, and small pieces in large holes.
+UNSEEN_SHARE = 0.05
 
-# Bytes per token and unit of the vocabulary: logits in the type of the products and in float32,
-# their softmax and its gradient; and per unit of width: embedding and last norm.
-PER_LOGIT, PER_WIDTH = 16.0, 14.0
+# A model with more layers than this is not run as it is: its layers are alike, so that each phase
+# grows on a line with their number, which is drawn through these two.
+MOST_LAYERS = 6
+SOME_LAYERS = (2, 4)
 
-# State tensors that an optimizer keeps a weight.
-OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
+# These run token after token in Python's eyes: one operation a token. Memory goes with the tokens
+# of all rows together, so few tokens in more rows stand for many in few.
+UNROLLED = ("llmos_rnn", "llmos_gru")
+RECURRENT = (*UNROLLED, "llmos_lstm")
+UNROLLED_TOKENS = 8
+# What autograd's graph takes for one token in one layer of theirs, beside the tensors.
+UNROLLED_STEP_BYTES = {"llmos_rnn": 4 << 10, "llmos_gru": 12 << 10}
+
+Peaks = dict[str, dict[str, int]]  # {phase: {kind: bytes}}
 
 
 @dataclass(frozen=True)
 class TrainingShape:
-    """A step of training: micro-batch, tokens of an example, bytes of a value in the products."""
+    """A step of training. `dtype` is that of the products, `context` the tokens of an example,
+    `device` the kind that it runs on: what the host's libraries take counts on a CPU only. With
+    `copy` what is trained has a copy beside it on the device, for checkpoints."""
 
     batch: int
     context: int
-    value_bytes: int = 4
+    dtype: torch.dtype = torch.float32
     optimizer: str = "adamw"
+    accumulate: int = 1
+    grad_clip: float = 1.0
+    device: str = "cpu"
+    copy: bool = False
 
 
-def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory: every weight has its shape only."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return model
-
-
-def parameter_bytes(model: torch.nn.Module, *, trainable: bool = False) -> int:
-    """Bytes of all parameters, tied ones once; with `trainable`, of those that are trained."""
-    return sum(
-        p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trainable
-    )
+# Makes the model to be trained from a configuration; parameters that are not trained are frozen.
+Make = Callable[[PreTrainedConfig], torch.nn.Module]
 
 
 def training_footprint(
-    model: torch.nn.Module, config: PreTrainedConfig, shape: TrainingShape, mapped: str = ""
+    make: Make, config: PreTrainedConfig, shape: TrainingShape, mapped: str = ""
 ) -> Footprint:
-    """The peak of a training of `model` (on the meta device, float32).
+    """The peak of a training in float32 weights.
 
-    `mapped` names the weight file that the frozen weights stay mapped from.
+    `mapped` names the weight file that frozen weights stay mapped from. Gradients are all of them;
+    activations are what else is held in the worst moment, and what the heap holds unused.
     """
-    trained = parameter_bytes(model, trainable=True)
-    frozen = parameter_bytes(model) - trained
-    states = OPTIMIZER_STATES.get(shape.optimizer, 2)
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    if layers <= MOST_LAYERS:
+        peaks = _trace(make, config, shape)
+    else:
+        few, more = (_trace(make, with_layers(config, n), shape) for n in SOME_LAYERS)
+        peaks = _line(few, more, (layers - SOME_LAYERS[0]) / (SOME_LAYERS[1] - SOME_LAYERS[0]))
+    held = max(peaks.values(), key=lambda kinds: sum(kinds.values()))
+    # The last phase holds every gradient.
+    gradients = min(
+        peaks["step"].get("gradients", 0), held.get("gradients", 0) + held["activations"]
+    )
+    rest = sum(held.values()) - sum(held.get(k, 0) for k in ("weights", "frozen", "optimizer"))
+    context = RECURRENT_CONTEXT_BYTES if text.model_type in RECURRENT else CONTEXT_BYTES
+    graph = UNROLLED_STEP_BYTES.get(text.model_type, 0) * layers * shape.context
+    merged = held.get("frozen", 0) if shape.device == "cpu" else 0
     segments = [
-        Segment("weights", trained),
-        Segment("weights", frozen, shared=mapped),
-        Segment("gradients", trained),
-        Segment("optimizer", states * trained),
-        Segment("activations", activation_bytes(config, shape)),
-        Segment("context", BASE_BYTES["train"]),
+        Segment("weights", held.get("weights", 0)),
+        Segment("weights", held.get("frozen", 0), shared=mapped),
+        Segment("gradients", gradients),
+        Segment("optimizer", held.get("optimizer", 0)),
+        Segment("activations", rest - gradients),
+        # At the end of LoRA, on the host, the merged weights take the place of the activations.
+        Segment("export", max(0, merged - (rest - gradients))),
+        Segment("context", (context if shape.device == "cpu" else 0) + graph),
+        Segment(COPY, held.get("weights", 0) + held.get("optimizer", 0) if shape.copy else 0),
     ]
     return Footprint(tuple(s for s in segments if s.bytes))
 
 
-def activation_bytes(config: PreTrainedConfig, shape: TrainingShape) -> int:
-    """What a forward pass keeps for its backward pass, with one layer's gradients on top."""
-    text = config.get_text_config()
-    width, layers, value = text.hidden_size, text.num_hidden_layers, shape.value_bytes
-    if text.model_type in RECURRENT:
-        layer = RECURRENT[text.model_type][value] * width
-        passing = 0.0
-    else:
-        mlp = getattr(text, "intermediate_size", None) or 4 * width
-        per_width, per_mlp = TRANSFORMER[value]
-        layer = per_width * width + per_mlp * mlp
-        passing = value * (6.0 * width + 4.0 * mlp)
-    token = layers * layer + passing + PER_LOGIT * text.vocab_size + PER_WIDTH * width
-    return int(shape.batch * shape.context * token)
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same configuration with fewer layers."""
+    smaller = copy.deepcopy(config)
+    text = smaller.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return smaller
 
 
-def inference_footprint(
-    config: PreTrainedConfig,
-    tokens: int,
-    dtype: torch.dtype,
-    folder: Path | None = None,
-    stored: torch.dtype | None = None,
-) -> Footprint:
-    """The peak of serving: `tokens` is what all sequences hold together.
+def _line(few: Peaks, more: Peaks, times: float) -> Peaks:
+    """Each kind of each phase on the line through both, at few + times x (more - few)."""
+    return {
+        phase: {
+            kind: max(0, round(few[phase].get(kind, 0) + times * (n - few[phase].get(kind, 0))))
+            for kind, n in more[phase].items()
+        }
+        for phase in more
+    }
 
-    Weights whose `stored` type is `dtype` stay mapped from the files in `folder`.
+
+def _trace(make: Make, config: PreTrainedConfig, shape: TrainingShape) -> Peaks:
+    """Run a later step of the training on fake tensors -> the peaks of its phases.
+
+    In "first" the forward pass is done, and the backward pass until half of the gradients are
+    there; in "second" the rest of it; in "step" they are clipped and the optimizer moves.
     """
-    model = on_meta(config)
-    count = sum(p.numel() for p in model.parameters())
-    weights = [Segment("weights", count * dtype.itemsize)]
-    files = weight_files(folder) if folder is not None else []
-    if files and stored is dtype:
-        weights = [Segment("weights", f.stat().st_size, shared=str(f)) for f in files]
-    text = config.get_text_config()
-    width = text.hidden_size
-    activations = tokens * width * 12 * dtype.itemsize + text.vocab_size * 4 * 8
-    kv = kv_bytes_per_token(config, dtype) * tokens
-    return Footprint(
-        (
-            *weights,
-            Segment("kv", kv),
-            Segment("activations", activations),
-            Segment("context", BASE_BYTES["infer"]),
-        )
-    )
+    if config.get_text_config().model_type in UNROLLED:
+        rows = -(-shape.batch * shape.context // UNROLLED_TOKENS)
+        shape = replace(shape, batch=rows, context=UNROLLED_TOKENS)
+    books = Books(heap=shape.device == "cpu")
+    with torch.device("meta"):
+        model = make(config)
+    with books, torch.device("cpu"):
+        with books.making("weights"):
+            give_memory(model)
+        model.train()
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        parameters = [p for _, p in trained]
+        books.assign((p for p in model.parameters() if not p.requires_grad), "frozen")
+        optimizer = optimizers.build(shape.optimizer, trained, 1e-3, 0.1)
+        with books.making("gradients"):
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+        with books.making("optimizer"):
+            optimizer.step()  # its states are there from the second step on
+        if shape.accumulate == 1:
+            optimizer.zero_grad(set_to_none=True)
+        books.phase("first")
+        books.begin_step()
+        _watch_gradients(books, parameters)
+        _forward_and_backward(model, shape)
+        books.phase("step")
+        if shape.grad_clip:
+            torch.nn.utils.clip_grad_norm_(parameters, shape.grad_clip)
+        optimizer.step()
+    unused = books.unused_bytes()
+    for kinds in books.peaks.values():
+        unseen = UNSEEN_SHARE * kinds.get("activations", 0) if shape.device == "cpu" else 0
+        kinds["unused"] = unused + int(unseen)
+    return books.peaks
 
 
-def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values a token; 0 for a recurrent model, whose state does not grow."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if not heads or text.model_type in RECURRENT:
-        return 0
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * kv_heads * head_width * dtype.itemsize)
+def _watch_gradients(books: Books, parameters: list[torch.nn.Parameter]) -> None:
+    """Book gradients as such when they come; with half of them the second phase begins."""
+    missing = sum(p.numel() for p in parameters) // 2
+    books.peaks["second"] = {}
+
+    def came(parameter: torch.Tensor) -> None:
+        nonlocal missing
+        assert parameter.grad is not None
+        books.assign([parameter.grad], "gradients")
+        before, missing = missing, missing - parameter.numel()
+        if before > 0 >= missing:
+            books.phase("second")
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(came)  # type: ignore[no-untyped-call]
+
+
+def _forward_and_backward(model: torch.nn.Module, shape: TrainingShape) -> None:
+    """One micro-batch, as lm_loop does it."""
+    ids = torch.zeros(shape.batch, shape.context, dtype=torch.int64)
+    with torch.autocast("cpu", shape.dtype, enabled=shape.dtype is not torch.float32):
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="sum")
+    del logits
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

@@ -2,11 +2,13 @@
 """Load models and tokenizers from a folder or by hub name, with errors a person can act on.
 
 It does not know the registry: names of the registry are folders before they come here. Code
-from a model repository is never run.
+from a model repository is run only where `allow_code` was called.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from llmos.kernel.errors import BadArgument, BadInput
 
 # Bars belong to the shell; a worker's output is its log.
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+# Whether code from a model's folder may run in this process.
+_CODE = {"allowed": False}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,6 +61,12 @@ def load_causal_lm(ref: str | Path, dtype: str = "auto") -> PreTrainedModel:
         raise _cannot_load("model", ref, exc) from None
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def give_back() -> None:
+    """What is free of this process's heap goes back to the system; only glibc has this call."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_config(ref: str | Path) -> PreTrainedConfig:
@@ -122,10 +133,32 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _where(ref: str | Path) -> dict[str, Any]:
-    return {"local_files_only": Path(ref).is_dir(), "trust_remote_code": False}
+    return {"local_files_only": Path(ref).is_dir(), "trust_remote_code": code_is_allowed()}
+
+
+def allow_code(allowed: bool) -> None:
+    """Let code that lies in a model's folder run in this process, or not: for the one run whose
+    user said `--trust-remote-code`. A process runs one program."""
+    _CODE["allowed"] = allowed
+    if allowed:
+        # Where the code is copied to was chosen when transformers was imported, by another user
+        # maybe: it goes into the home of who runs this.
+        from transformers import dynamic_module_utils
+
+        cache = Path.home() / ".cache" / "huggingface" / "modules"
+        vars(dynamic_module_utils)["HF_MODULES_CACHE"] = str(cache)
+
+
+def code_is_allowed() -> bool:
+    return _CODE["allowed"]
 
 
 def _cannot_load(what: str, ref: str | Path, exc: Exception) -> BadInput:
+    if "trust_remote_code" in str(exc) and not code_is_allowed():
+        return BadInput(
+            f"{ref} brings code of its own, which is not run: its {what} needs it",
+            "read its .py files; if you trust them, say --trust-remote-code for this run",
+        )
     lines = str(exc).strip().splitlines() or [type(exc).__name__]
     hint = "" if Path(ref).is_dir() else "give a name of `llmos models`, a folder, or a hub name"
     return BadInput(f"cannot load the {what} of {ref}: {lines[0][:300]}", hint)

@@ -163,12 +163,12 @@ class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no
         for i, (norm, cell) in enumerate(zip(self.norms, self.cells, strict=True)):
             before = None if past is None else past[i]
             if lengths is None:
-                ran, hidden = cell(norm(x), before)
+                ran, hidden = _step(cell, norm(x), before)
             else:
                 rows = nn.utils.rnn.pack_padded_sequence(
                     norm(x), lengths, batch_first=True, enforce_sorted=False
                 )
-                packed, hidden = cell(rows, before)
+                packed, hidden = _step(cell, rows, before)
                 ran, _ = nn.utils.rnn.pad_packed_sequence(
                     packed, batch_first=True, total_length=x.shape[1]
                 )
@@ -244,3 +244,16 @@ for _config, _model in (
 ):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+
+
+def _step(cell: nn.Module, rows: Any, before: Any) -> Any:
+    """Run a layer. Under bfloat16 autocast on a CPU torch gives an LSTM to oneDNN, which has none
+    in bfloat16 for older processors and fails: there its products stay float32."""
+    if isinstance(cell, nn.LSTM) and not _bf16_lstm():
+        with torch.autocast("cpu", enabled=False):
+            return cell(rows, before)
+    return cell(rows, before)
+
+
+def _bf16_lstm() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

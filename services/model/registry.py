@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from math import prod
 from pathlib import Path
@@ -49,6 +50,9 @@ NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 class ModelRegistry(Service):
     name = "models"
     summary = "The models of this home: names, kinds, sizes, where they come from"
+    as_caller = True
+    essential = True  # trainings that end call it: without it their results would be lost
+    limit_s = 600.0  # a large model is synced to a slow disk
 
     def __init__(self, home: Path) -> None:
         super().__init__(home)
@@ -109,6 +113,21 @@ class ModelRegistry(Service):
         return _entry(target)
 
     @call
+    def share(self, name: str, private: bool = False) -> dict[str, Any]:
+        """Let all members of the group read a model, or (`private`) only its user again."""
+        folder, home = self._find(name), self.folder.stat()
+        if not home.st_mode & stat.S_ISVTX:
+            raise BadInput("this kernel serves one user: there is nobody to share with",
+                           "`llmos boot --group NAME` serves several")  # fmt: skip
+        for path in (folder, *folder.rglob("*")):
+            if path.is_symlink():
+                continue
+            os.chown(path, -1, home.st_gid)
+            mode = stat.S_IMODE(path.stat().st_mode) & 0o700
+            path.chmod(mode if private else mode | (mode & 0o500) >> 3)
+        return {"name": name, "shared": not private}
+
+    @call
     def rm(self, name: str) -> dict[str, Any]:
         """Delete a model and its files."""
         folder = self._find(name)
@@ -160,7 +179,9 @@ class ModelRegistry(Service):
             else:
                 path.rename(target)
         for path in self.folder.glob(f"{PARTIAL}*"):
-            if path.is_dir() and _last_change(path) < before:
+            if path.is_symlink():
+                path.unlink()  # nobody who makes a model leaves one: rmtree must not be sent away
+            elif path.is_dir() and _last_change(path) < before:
                 shutil.rmtree(path)
 
 
@@ -174,9 +195,12 @@ def _valid_name(name: str) -> str:
 
 
 def _is_model(folder: Path) -> bool:
-    if folder.name.startswith(".") or not folder.is_dir():
-        return False
-    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    try:
+        if folder.name.startswith(".") or not folder.is_dir():
+            return False
+        return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    except PermissionError:
+        return False  # another user's own: to this one it is not there
 
 
 def _entry(folder: Path) -> dict[str, Any]:
@@ -191,6 +215,7 @@ def _entry(folder: Path) -> dict[str, Any]:
         "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         "source": _source(made_by),
         "created_at": sidecar.get("created_at") or folder.stat().st_mtime,
+        "shared": bool(folder.stat().st_mode & stat.S_IRGRP),
         "folder": str(folder),
         "parameters": _count_parameters(folder) if parameters is None else parameters,
         "architecture": architectures[0] if architectures else config.get("model_type", ""),

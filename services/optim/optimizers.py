@@ -26,6 +26,13 @@ def adamw(named: Named, lr: float, weight_decay: float) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+def adamw8bit(named: Named, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW with its moments in 8 bits: a quarter of their memory, a slower step."""
+    from llmos.services.optim.adamw8bit import AdamW8bit
+
+    return AdamW8bit(decay_groups(named, weight_decay), lr=lr)
+
+
 def adam(named: Named, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Adam (Kingma and Ba 2015), fused; weight decay is added to the gradient."""
     return torch.optim.Adam(decay_groups(named, weight_decay), lr=lr, fused=True)

@@ -18,12 +18,31 @@ torch is imported inside the methods, or in modules that the methods import.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, get_type_hints
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The kinds of memory that the books know.
-KINDS = ("weights", "gradients", "optimizer", "activations", "kv", "context", "system")
+KINDS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "kv",
+    "checkpoint",
+    "context",
+    "system",
+)
+
+# The copy of a process's state that a checkpoint is written from while the process goes on. Where a
+# device has no room for it, the kernel leaves it out, and the process stands still instead.
+COPY = "checkpoint"
 
 
 def arg(
@@ -36,6 +55,12 @@ def arg(
     path: bool = False,
     model: bool = False,
     output: bool = False,
+    command: bool = False,
+    env: str = "",
+    interval: bool = False,
+    plan_without: bool = False,
+    shape: bool = True,
+    plugin: str = "",
     minimum: float | None = None,
     maximum: float | None = None,
 ) -> Any:
@@ -44,8 +69,14 @@ def arg(
     Without a default the argument is required. `path`: a file or folder, made absolute by
     the client. `model`: a registry name, a local path or a hub name; the
     kernel puts the folder in its place. `output`: the name of a model that the run makes; the
-    kernel refuses one that exists unless the argument `overwrite` is set. `positional`: given
-    without a flag on the command line. `minimum`/`maximum` are inclusive.
+    kernel refuses one that exists unless the argument `overwrite` is set. `plan_without`: a plan
+    can be made without it; it is an empty text then. `positional`: given without a flag on the
+    command line. `command`: the words of somebody's command line, taken as they are to the end.
+    `interval`: so many steps, or so much time (kernel/units.py).
+    `env`: when it is not given, this variable of the submitter's environment is. `shape`: it may
+    change how much memory a process takes, or what its plan refuses; a known profile is then one
+    of the same value. `plugin`: a name of what is installed
+    ("optimizers"), which are its choices. `minimum`/`maximum` are inclusive.
     """
     meta = {
         "help": help,
@@ -55,6 +86,12 @@ def arg(
         "path": path,
         "model": model,
         "output": output,
+        "command": command,
+        "env": env,
+        "interval": interval,
+        "plan_without": plan_without,
+        "shape": shape,
+        "plugin": plugin,
         "minimum": minimum,
         "maximum": maximum,
     }
@@ -64,6 +101,32 @@ def arg(
         made = default
         return field(default_factory=lambda: type(made)(made), metadata=meta)
     return field(default=default, metadata=meta)
+
+
+def save_every() -> Any:
+    """The argument of a program with checkpoints: how often the worker writes one by itself."""
+    return arg(
+        "60s", help="checkpoint every so many steps (500) or so often (90s, 10min)",
+        metavar="EVERY", interval=True, shape=False,
+    )  # fmt: skip
+
+
+def keep() -> Any:
+    """The argument of a program with checkpoints: how many stay."""
+    return arg(2, help="newest checkpoints that stay (0: all)", minimum=0, shape=False)
+
+
+def save_in_place() -> Any:
+    """The argument of a program that can `capture`: whether it does."""
+    return arg(
+        False,
+        help="stand still while a checkpoint is written: saves the copy of the state in memory",
+    )
+
+
+def planned_device() -> str:
+    """The kind of device ("cpu", "cuda") that a `plan` is made for."""
+    return os.environ.get("LLMOS_DEVICE", "cpu").partition(":")[0]
 
 
 @dataclass(frozen=True)
@@ -116,6 +179,60 @@ class Idle:
     """Nothing to do until a message comes (an engine without a runnable guest)."""
 
 
+class Gate(Protocol):
+    """Where a worker is held on a device that no signal stops (CUDA). Open and free elsewhere."""
+
+    @property
+    def active(self) -> bool:
+        """Is this how the worker is held? If not, a program need not install anything."""
+        ...
+
+    def boundary(self, name: str) -> None:
+        """Work for the device, called `name`, is queued next. To be called every few
+        milliseconds of the device's time: a hold takes effect here."""
+        ...
+
+    def away(self) -> AbstractContextManager[None]:
+        """Around what takes long and does not use the device (reading data): it can be held
+        meanwhile, and goes on behind it when it has the device again."""
+        ...
+
+
+class OpenGate:
+    """A Gate at which nobody is held: for planning."""
+
+    active = False
+
+    def boundary(self, name: str) -> None:
+        pass
+
+    def away(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+# A tensor -> one of the same numbers, contiguous and in host memory, that no later step changes.
+# Tensors that share their memory share that of the copy.
+Keep = Callable[["Tensor"], "Tensor"]
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    """The Keep of a program that stands still while it is written: nothing is copied."""
+    return tensor.detach()
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The step goes on outside of this process; `step` is to be called again.
+
+    That is when one of the descriptors `on` can be read, when `at_most_s` have passed or when a
+    message came, whichever is first. Meanwhile the worker obeys, and uses no time. A program
+    that waits in this way has the device: it is not `Idle`.
+    """
+
+    on: tuple[int, ...]
+    at_most_s: float | None = None
+
+
 class Context(Protocol):
     """What a worker offers to the program that runs in it."""
 
@@ -124,6 +241,21 @@ class Context(Protocol):
     work: Path  # a folder of this process alone
     device: str  # for torch: "cpu", "cuda:0"
     threads: int  # CPU threads that torch may use in this worker
+    environment: dict[str, str]  # what whoever submitted the process sent of theirs
+
+    # On several devices the program is loaded and stepped once for each, in an OS process of its
+    # own, and torch.distributed is ready. Rank 0 reports for all; every rank is asked to `save`.
+    rank: int
+    ranks: int
+
+    def can_checkpoint(self) -> None:
+        """From now on `save` works: for a program that learns it only while it runs."""
+        ...
+
+    @property
+    def gate(self) -> Gate:
+        """Where a step can be held on a GPU."""
+        ...
 
     def clock(self) -> float:
         """Seconds that this worker had the device for, from any zero: a hold stops it.
@@ -149,7 +281,7 @@ class Context(Protocol):
         """An engine's guest waits for input (a chat between turns)."""
         ...
 
-    def call(self, method: str, **arguments: Any) -> Any:
+    def call(self, method: str, /, **arguments: Any) -> Any:
         """Call a service ("models.register"). Raises LlmosError. Not inside `step` of an engine."""
         ...
 
@@ -162,7 +294,8 @@ class Guest:
     program: str
     args: dict[str, Any]
     rank: tuple[int, int, int]
-    sent: int = 0  # records of its text that are already in its stream (after a restart)
+    # What its stream has from an earlier engine, which died: it goes on behind that.
+    records: list[dict[str, Any]] = field(default_factory=list)
     parked: bool = False  # paused by a person: keeps its memory, gets no step
 
 
@@ -182,9 +315,14 @@ class Program:
     # Modules that the zygote may import before any worker is forked: a start is that much faster.
     # Importing them must not compute anything with torch and must not start a thread.
     preload: ClassVar[tuple[str, ...]] = ()
-    # What Ctrl-C on an attached run does: "detach" (it has checkpoints) or "kill".
+    # What Ctrl-C on an attached run does: "detach" (it has checkpoints), "kill", or "interrupt":
+    # the process is sent SIGINT as a command in the foreground is, and may still have its say.
     on_interrupt: ClassVar[str] = "detach"
     guest_type: ClassVar[type[Guest]] = Guest  # what the worker hands to `admit`
+    # It runs somebody's command, which knows nothing of llmos: it is given the whole environment of
+    # whoever submits it; attached, it looks like the command; nothing is known of it but what it
+    # says by itself (services/steps.py), and its memory is declared.
+    foreign: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Args:
@@ -204,22 +342,54 @@ class Program:
     def load(self, ctx: Context) -> None:
         """Bring everything to the device, as at the first step."""
 
-    def step(self, ctx: Context) -> Report | Done | Idle:
+    def step(self, ctx: Context) -> Report | Done | Idle | Waiting:
         """The smallest unit worth reporting. Between two calls the worker may checkpoint."""
         raise NotImplementedError
 
-    # A program without a state of its own leaves `has_checkpoint` False.
-    has_checkpoint: ClassVar[bool] = False
+    # A program without a state of its own leaves `has_checkpoint` False. One that learns while
+    # it runs that it has checkpoints sets it on itself, and calls `ctx.can_checkpoint()`.
+    has_checkpoint: bool = False
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> int | None:
         """Write everything that `restore` needs into the empty `folder`: safetensors and JSON.
 
         For a program that makes a model the folder is also a loadable model folder. The worker
-        gives a folder aside, syncs it, checksums it and renames it into place.
+        gives a folder aside, syncs it, checksums it and renames it into place. Returns the step
+        that was written where it is not the last that was reported. Raises IllegalMove when the
+        program comes to no safepoint any more, TimedOut when to none now; the worker then goes on
+        with the next step.
         """
+        return None
+
+    def capture(self, keep: Keep) -> Callable[[Path], None] | None:
+        """`save` in two halves, so that steps can follow while the disk is busy.
+
+        Every tensor that is to be written goes through `keep`, everything else is made into plain
+        values; what is returned writes them into a folder, in another thread, and must not look
+        at the running program. None: it can only `save`, and stands still.
+        """
+        return None
 
     def restore(self, folder: Path) -> None:
         """After `load`: go back to exactly the state that `save` wrote."""
+
+    def close(self) -> None:
+        """The worker ends, whatever the reason: let go of what lies outside of it."""
+
+    def shrink(self, ctx: Context, level: str) -> bool:
+        """Take less memory from now on, between two steps -> whether that was possible.
+
+        "caches": drop what can be made again and nobody has asked for (the worker collects
+        garbage and trims the allocator itself, afterwards). "batch": work in smaller pieces, to
+        the same result but for the order of sums; only where the user has allowed it.
+        """
+        return level == "caches"
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Everything on the device that must be whole for the next step: parameters, buffers,
+        gradients, optimizer state, caches. Between two steps their memory may be moved out and
+        back; views and tied weights may be given more than once."""
+        return ()
 
     # Only engines:
     def admit(self, ctx: Context, guest: Guest) -> None:
@@ -251,6 +421,7 @@ def describe(cls: type[Program]) -> dict[str, Any]:
         "engine": cls.engine,
         "engine_args": list(cls.engine_args),
         "on_interrupt": cls.on_interrupt,
+        "foreign": cls.foreign,
         "has_checkpoint": cls.has_checkpoint,
         "args": [_describe_field(f, hints[f.name]) for f in fields(cls.Args)],
     }

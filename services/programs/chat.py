@@ -21,7 +21,7 @@ class Chat(Program):
     group = "inference"
     default_class = "interactive"
     engine = "engine"
-    engine_args = ("model", "dtype", "keep_alive_s")
+    engine_args = ("model", "dtype", "keep_alive_s", "trust_remote_code")
     on_interrupt = "kill"
 
     @dataclass(frozen=True)
@@ -49,10 +49,15 @@ class Chat(Program):
         keep_alive_s: float = arg(
             300.0, help="keep the model loaded so long after its last use; -1: for ever", minimum=-1
         )
+        trust_remote_code: bool = arg(
+            False, help="run code that lies in the model's folder, for this run"
+        )
 
     @classmethod
     def plan(cls, args: Any) -> Footprint:
+        from llmos.services.model.load import allow_code
         from llmos.services.programs.engine_plan import plan_guest
 
+        allow_code(args.trust_remote_code)
         # A conversation grows to the context length whatever one answer may have.
         return plan_guest(args.model, args.dtype, None)

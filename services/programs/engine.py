@@ -6,12 +6,15 @@ Loading and unloading an engine are the kernel's decisions, and so is how long i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmos.services.programs.base import Context, Footprint, Guest, Idle, Program, Report, arg
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmos.services.programs.engine_host import Host
 
 
@@ -36,25 +39,38 @@ class Engine(Program):
         )
         threads: int = arg(0, help="CPU threads; 0: as many as the kernel gives", minimum=0)
         keep_alive_s: float = arg(
-            300.0, help="keep the model loaded so long after its last use; -1: for ever", minimum=-1
+            300.0,
+            help="keep the model loaded so long after its last use; -1: for ever",
+            minimum=-1,
+            shape=False,
+        )
+        trust_remote_code: bool = arg(
+            False, help="run code that lies in the model's folder, for this run"
         )
 
     _host: Host
 
     @classmethod
     def plan(cls, args: Any) -> Footprint:
+        from llmos.services.model.load import allow_code
         from llmos.services.programs.engine_plan import plan_engine
 
+        allow_code(args.trust_remote_code)
         return plan_engine(args.model, args.dtype)
 
     def load(self, ctx: Context) -> None:
+        from llmos.services.model.load import allow_code
         from llmos.services.programs.engine_host import Host
 
+        allow_code(self.args.trust_remote_code)
         threads = self.args.threads or ctx.threads
-        self._host = Host(self.args.model, self.args.dtype, ctx.device, threads)
+        self._host = Host(self.args.model, self.args.dtype, ctx.device, threads, ctx.gate)
 
     def step(self, ctx: Context) -> Report | Idle:
         return self._host.step(ctx)
+
+    def tensors(self) -> Iterable[Tensor]:
+        return self._host.tensors()
 
     def admit(self, ctx: Context, guest: Guest) -> None:
         self._host.admit(ctx, guest)
@@ -67,6 +83,11 @@ class Engine(Program):
 
     def message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
         self._host.message(ctx, pid, message)
+
+    def shrink(self, ctx: Context, level: str) -> bool:
+        if level == "caches":
+            self._host.trim()
+        return level == "caches"
 
     def floor(self, class_rank: int) -> None:
         self._host.floor = class_rank

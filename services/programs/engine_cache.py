@@ -8,6 +8,7 @@ back in it; it knows no text.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._tokens -= abs(tokens_to_remove)
         self._show()
 
+    def trim(self) -> None:
+        """Give the room behind the tokens back; the next token makes some again."""
+        self._room_keys = self._copy(self._room_keys, self._tokens)
+        self._room_values = self._copy(self._room_values, self._tokens)
+        self._show()
+
     def _make_room(self, tokens: int) -> None:
         room = max(tokens + ROOM_TOKENS, 2 * self._tokens)
         self._room_keys = self._copy(self._room_keys, room)
@@ -72,6 +79,10 @@ class GuestCache:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.past: Any = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What it holds on the device: every tensor that can be reached from the state."""
+        yield from _tensors_in(self.past, set())
 
     def keep(self, past: Any, ids: list[int]) -> None:
         """After a forward over `ids`: what the model returned is the state from now on."""
@@ -99,6 +110,13 @@ class GuestCache:
         del self.ids[same:]
         return wanted[same:]
 
+    def trim(self) -> None:
+        """Give back what no token needs."""
+        if isinstance(self.past, Cache):
+            for layer in self.past.layers:
+                if isinstance(layer, GrowingLayer):
+                    layer.trim()
+
     def _crop(self, tokens: int) -> bool:
         if not isinstance(self.past, Cache):
             return False
@@ -106,3 +124,20 @@ class GuestCache:
             return False
         self.past.crop(-tokens)
         return True
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in a cache of any kind: its layers, lists, dictionaries, attributes."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors_in(inner, seen)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors_in(inner, seen)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors_in(vars(value), seen)

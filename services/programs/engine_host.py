@@ -7,15 +7,19 @@ what it computed for whom, so that the kernel can charge it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmos.kernel.errors import BadArgument, BadInput, LlmosError
+from llmos.services.model import safepoints
 from llmos.services.model.load import load_causal_lm, load_tokenizer
-from llmos.services.programs.base import Context, Done, Guest, Idle, Report
+from llmos.services.programs.base import Context, Done, Gate, Guest, Idle, Report
 from llmos.services.programs.chat import Chat
 from llmos.services.programs.engine_model import LoadedModel
+from llmos.services.programs.engine_replay import replay
 from llmos.services.programs.engine_session import ChatSession, InferSession, Session
 from llmos.services.programs.infer import Infer
 
@@ -29,10 +33,13 @@ ALL_CLASSES = 2  # the floor at which the least urgent class (idle) still gets s
 class Host:
     """One loaded model and the sessions of its guests."""
 
-    def __init__(self, model: str, dtype: str, device: str, threads: int) -> None:
+    def __init__(self, model: str, dtype: str, device: str, threads: int, gate: Gate) -> None:
         torch.set_num_threads(threads)
-        loaded: Any = load_causal_lm(model, dtype)
-        self._loaded = LoadedModel(loaded.to(device), load_tokenizer(model))
+        with gate.away():
+            loaded: Any = load_causal_lm(model, dtype)
+            tokenizer = load_tokenizer(model)
+        self._loaded = LoadedModel(loaded.to(device), tokenizer)
+        safepoints.install(self._loaded.model, gate)
         self._sessions: dict[int, Session] = {}
         self._steps = 0
         self.floor = ALL_CLASSES
@@ -58,6 +65,7 @@ class Host:
             session = InferSession(guest, Infer.Args(**guest.args), self._loaded)
             session.start()
             self._join(session)
+            self._go_on(ctx, session)
         elif guest.program == "chat":
             self._admit_chat(ctx, guest)
         else:
@@ -66,6 +74,11 @@ class Host:
     def drop(self, pid: int) -> None:
         """Forget a guest; its cache is freed with it."""
         self._sessions.pop(pid, None)
+
+    def trim(self) -> None:
+        """Give back the room that the guests' caches keep for tokens to come."""
+        for session in self._sessions.values():
+            session.cache.trim()
 
     def rank(self, pid: int, rank: tuple[int, int, int], parked: bool) -> None:
         """A guest was reniced, paused or resumed."""
@@ -82,6 +95,12 @@ class Host:
         session = self._sessions.get(pid)
         if isinstance(session, ChatSession) and session.answer is None:
             ctx.guest_idle(pid)  # whoever sent it took it for work
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Weights, and the cache of every guest."""
+        yield from safepoints.tensors_of(self._loaded.model)
+        for session in self._sessions.values():
+            yield from session.cache.tensors()
 
     def _message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
         session = self._sessions.get(pid)
@@ -117,10 +136,7 @@ class Host:
 
     def _deliver(self, ctx: Context, session: Session, token: int, spent_s: float) -> None:
         text, finish_reason = session.accept(token, spent_s)
-        session.made_tokens += 1
-        # After a restart the text is made again; what its reader has is not sent twice.
-        if session.made_tokens > session.guest.sent:
-            ctx.emit("text", pid=session.guest.pid, text=text, tokens=[token])
+        ctx.emit("text", pid=session.guest.pid, text=text, tokens=[token])
         if finish_reason:
             self._finish(ctx, session, finish_reason)
 
@@ -142,6 +158,7 @@ class Host:
             except BadInput as exc:
                 ctx.emit("note", pid=session.guest.pid, text=_one_line(exc))
                 continue
+            ctx.emit("begin", pid=session.guest.pid)
             if session.has_forgotten:
                 text = (
                     "the conversation has outgrown the model's context: its beginning is forgotten"
@@ -151,12 +168,24 @@ class Host:
         ctx.guest_idle(session.guest.pid)
 
     def _admit_chat(self, ctx: Context, guest: Guest) -> None:
-        began_before, guest.sent = guest.sent > 0, 0
-        self._join(ChatSession(guest, Chat.Args(**guest.args), self._loaded))
-        if began_before:
-            text = "the engine was restarted: the conversation begins anew"
-            ctx.emit("note", pid=guest.pid, text=text)
-        ctx.guest_idle(guest.pid)
+        session = ChatSession(guest, Chat.Args(**guest.args), self._loaded)
+        self._join(session)
+        self._go_on(ctx, session)
+        if session.answer is None and guest.pid in self._sessions:
+            self._next_turn(ctx, session)
+
+    def _go_on(self, ctx: Context, session: Session) -> None:
+        """Bring a session to where an earlier engine has left it: its reader sees no seam."""
+        done = replay(session, session.guest.records)
+        session.guest.records = []
+        session.resume()
+        if done.stopped and session.answer is not None:
+            rest = session.interrupt()
+            if not done.rest_is_sent:
+                ctx.emit("text", pid=session.guest.pid, text=rest, tokens=[])
+            self._finish(ctx, session, "interrupted")
+        elif done.reason:
+            self._finish(ctx, session, done.reason)
 
     def _join(self, session: Session) -> None:
         # As if just served: a newcomer does not go before those who wait already.

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmos.services.model.load import give_back
+
 # The models whose forward calls its linear layers and never looks at their weights (read in
 # transformers 5.23). All others keep their weights as they come, mapped from the file.
 PACKED_TYPES = frozenset(
@@ -27,6 +29,9 @@ PACKED_TYPES = frozenset(
         "starcoder2",
     }
 )  # fmt: skip
+
+# So much of the old layout may lie about while the new one is made.
+BETWEEN_BYTES = 32 << 20
 
 _OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
 
@@ -67,18 +72,27 @@ def lay_out(model: Any) -> None:
         _pack(model)
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
+        give_back()
     elif dtype == torch.float32 and device == "cpu":
         for layer in model.modules():
             if type(layer) is nn.Linear and widens(*layer.weight.shape):
                 _turn(layer)
 
 
-def _pack(module: nn.Module) -> None:
-    for name, child in module.named_children():
+def _pack(module: nn.Module, freed: int = 0) -> int:
+    """Pack the linear layers inside -> bytes that were let go and not given back yet."""
+    for name in [name for name, _ in module.named_children()]:
+        child = getattr(module, name)
         if type(child) is nn.Linear:
+            freed += child.weight.nbytes
             setattr(module, name, PackedLinear(child))
         else:
-            _pack(child)
+            freed = _pack(child, freed)
+        del child
+        if freed >= BETWEEN_BYTES:
+            give_back()
+            freed = 0
+    return freed
 
 
 def _turn(layer: nn.Linear) -> None:

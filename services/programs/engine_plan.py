@@ -12,19 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from llmos.kernel.errors import BadInput
+from llmos.services.model.dryrun import Books
+from llmos.services.model.footprint import with_layers
 from llmos.services.model.load import (
     check_weights,
+    code_is_allowed,
     load_config,
     load_tokenizer,
     resolve_dtype,
     weight_files,
 )
-from llmos.services.programs.base import Footprint, Segment
-from llmos.services.programs.engine_cache import ROOM_TOKENS
-from llmos.services.programs.engine_layout import packs, widens
+from llmos.services.programs.base import Footprint, Segment, planned_device
+from llmos.services.programs.engine_cache import ROOM_TOKENS, GuestCache
+from llmos.services.programs.engine_layout import BETWEEN_BYTES, packs, widens
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -32,33 +36,75 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PLANNED_GUESTS = 4
 PLANNED_TOKENS = 4096
 
-# Private memory of a worker that has torch and transformers and has computed once, beside its
-# tensors: measured 138 MB in bfloat16, 146 MB in float32 (stories15M, 2 threads, forked).
-CONTEXT_BYTES = 150 * 2**20
+# Private memory of a worker on a CPU that serves, beside its tensors. Measured by
+# tests/bench/bench_footprint.py.
+CONTEXT_BYTES = 20 << 20
 
-# Of a prompt, one piece is computed at a time; the widest arrays of a layer live together.
+# Of a prompt, one piece is computed at a time.
 PREFILL_TOKENS = 512
-LIVE_ARRAYS = 4
 
 
 def plan_engine(model: str, dtype: str) -> Footprint:
     """Weights, the caches of a few guests, one piece of a prompt in flight. Raises BadInput."""
     check_weights(model)
     load_tokenizer(model)
-    config = load_config(model).get_text_config()
+    tokens = min(_context(load_config(model).get_text_config()), PLANNED_TOKENS)
+    return serving(model, dtype, PLANNED_GUESTS, tokens)
+
+
+def serving(model: str, dtype: str, guests: int, tokens: int) -> Footprint:
+    """The peak of an engine with so many guests that have seen `tokens` tokens each."""
+    whole = load_config(model)
+    config = whole.get_text_config()
     asked = resolve_dtype(dtype)
-    packed = packs(config.model_type, asked, "cpu")
+    cpu = planned_device() == "cpu"
+    packed = packs(config.model_type, asked, planned_device())
     segments = _weights(_folder(model), asked, packed)
-    if config.tie_word_embeddings and (packed or asked == torch.float32):
+    if cpu and config.tie_word_embeddings and (packed or asked == torch.float32):
         # The output layer is the embedding, but is held once more in a layout of its own.
         head_bytes = config.vocab_size * config.hidden_size * asked.itemsize
         segments.append(Segment("weights", head_bytes))
-    tokens = min(_context(config), PLANNED_TOKENS)
-    segments.append(Segment("kv", PLANNED_GUESTS * kv_bytes(config, asked, tokens)))
-    widest = max(getattr(config, "intermediate_size", 0) or 0, 4 * config.hidden_size)
-    activations = PREFILL_TOKENS * widest * asked.itemsize * LIVE_ARRAYS + config.vocab_size * 16
-    segments += [Segment("activations", activations), Segment("context", CONTEXT_BYTES)]
+    context = (CONTEXT_BYTES if cpu else 0) + (_twice(_folder(model), asked) if packed else 0)
+    segments += [
+        Segment("kv", guests * kv_bytes(config, asked, tokens)),
+        Segment("activations", _activations(whole, asked, tokens)),
+        Segment("context", context),
+    ]
     return Footprint(tuple(segments))
+
+
+def _twice(folder: Path, asked: torch.dtype) -> int:
+    """While weights are packed, the largest is there twice, and some others are."""
+    shapes = [shape for file in weight_files(folder) for _, _, shape in _tensors(file)]
+    counts = [prod(shape) for shape in shapes]
+    return min(sum(counts) * asked.itemsize, max(BETWEEN_BYTES, max(counts) * asked.itemsize))
+
+
+def _activations(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> int:
+    """What the last piece of a prompt of `tokens` tokens takes, beside weights and cache.
+
+    Layers come one after the other, so two of them show it.
+    """
+    books = Books()
+    last = min(tokens, PREFILL_TOKENS)
+    with books, torch.no_grad():
+        with books.making("weights"):
+            few = with_layers(config, min(2, config.get_text_config().num_hidden_layers))
+            model = AutoModelForCausalLM.from_config(
+                few, dtype=dtype, trust_remote_code=code_is_allowed()
+            ).eval()  # type: ignore[no-untyped-call]
+        cache = GuestCache()
+        books.phase("before")
+        for count in (tokens - last, last):
+            books.phase("last")
+            if count:
+                ids = torch.zeros(1, count, dtype=torch.int64)
+                past = cache.past
+                kept = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+                cache.keep(kept.past_key_values, [0] * count)
+                del kept
+        after = books.live["activations"]
+    return max(0, books.peaks["last"]["activations"] - after)
 
 
 def plan_guest(model: str, dtype: str, tokens: int | None) -> Footprint:

@@ -29,10 +29,18 @@ class Sampler:
         count = min(self.top_k or len(scores), len(scores))
         # Sorted, the likeliest first: both cuts below are then cuts at the end.
         scores, tokens = scores.topk(count) if count < len(scores) else scores.sort(descending=True)
-        shares = scores.softmax(0)
+        up_to = scores.double().softmax(0).cumsum(0)
         if self.top_p < 1:
             # A token stays when those before it hold less than top_p; the first always stays.
-            before = shares.cumsum(0) - shares
-            shares = shares[: max(1, int((before < self.top_p).sum()))]
-        drawn = torch.multinomial(shares, 1, generator=self._generator)
-        return int(tokens[drawn])
+            up_to = up_to[: 1 + int((up_to[:-1] < self.top_p).sum())]
+        drawn = int((up_to < self._uniform() * up_to[-1]).sum())
+        return int(tokens[min(drawn, len(up_to) - 1)])
+
+    def skip(self) -> None:
+        """Pass over what the choice of one token takes from the generator."""
+        if self.temperature != 0:
+            self._uniform()
+
+    def _uniform(self) -> Tensor:
+        """One number for each token, whatever it is chosen from: so that tokens can be skipped."""
+        return torch.rand((), dtype=torch.float64, generator=self._generator)

@@ -26,6 +26,7 @@ from llmos.services.programs.engine_text import StopStrings, TextStream
 class Answer:
     """A text in the making."""
 
+    ids: list[int]  # of the prompt, then of the answer
     prompt_tokens: int
     stream: TextStream
     stops: StopStrings
@@ -65,7 +66,6 @@ class Session:
         seed = guest.pid if args.seed is None else args.seed
         self.sampler = Sampler(args.temperature, args.top_k, args.top_p, seed)
         self.last_served = 0  # the step in which it last got a token
-        self.made_tokens = 0  # in all its answers
         self._pending: list[int] = []
 
     @property
@@ -86,13 +86,14 @@ class Session:
         self._check(ids)
         self._pending = self.cache.rewind_to(ids)
         stream = TextStream(self.loaded.tokenizer, ids)
-        self.answer = Answer(len(ids), stream, StopStrings(self.args.stop))
+        self.answer = Answer(list(ids), len(ids), stream, StopStrings(self.args.stop))
 
     def accept(self, token: int, spent_s: float) -> tuple[str, str]:
         """Take the next token; -> (its text, why the answer ends with it or an empty string)."""
         answer = self.answer
         assert answer is not None
         answer.tokens += 1
+        answer.ids.append(token)
         if answer.first_token_s is None:
             answer.first_token_s = time.perf_counter() - answer.began_s
         else:
@@ -104,6 +105,17 @@ class Session:
             piece += answer.rest()
         answer.text += piece
         return piece, reason
+
+    def replay(self, token: int) -> str:
+        """Take a token that an earlier engine has made and sent -> why the answer ends with it."""
+        self.sampler.skip()
+        return self.accept(token, 0.0)[1]
+
+    def resume(self) -> None:
+        """After replays: what is to be computed now is all that the cache does not have."""
+        if self.answer is not None:
+            self.answer.first_token_s = None  # of the next one: the replayed took no time
+            self._pending = self.cache.rewind_to(self.answer.ids)
 
     def interrupt(self) -> str:
         """No more tokens for this answer; -> the text that was held back."""
@@ -144,8 +156,9 @@ class Session:
         if answer.stops.hit or token in self.loaded.stop_ids:
             return "stop"
         limit = self.loaded.context_tokens
-        seen = len(self.cache.ids) + 1
-        if answer.tokens >= self.args.max_tokens or (limit is not None and seen >= limit):
+        if answer.tokens >= self.args.max_tokens or (
+            limit is not None and len(answer.ids) >= limit
+        ):
             return "length"
         return ""
 
@@ -207,7 +220,7 @@ class ChatSession(Session):
     def end(self, finish_reason: str) -> dict[str, Any]:
         assert self.answer is not None
         self._history.append({"role": "assistant", "content": self.answer.text})
-        self._running = self.cache.ids + self._pending
+        self._running = list(self.answer.ids)
         if self._running[-1] in self.loaded.stop_ids:
             self._running.pop()
         return super().end(finish_reason)

@@ -26,6 +26,10 @@ class Finetune(TrainingProgram):
             "each also .gz",
             positional=True,
             path=True,
+            plan_without=True,
+        )
+        trust_remote_code: bool = arg(
+            False, help="run code that lies in the model's folder, for this run"
         )
         method: str = arg(
             "full", help="train every weight, or a LoRA adapter", choices=("full", "lora")
@@ -36,9 +40,9 @@ class Finetune(TrainingProgram):
         lora_targets: list[str] = arg(  # noqa: RUF009  (makes a field, as for the others)
             [], help="linear layers it changes (default: all)"
         )
-        epochs: float = arg(3.0, help="times the data is seen", minimum=0.001)
-        steps: int = arg(0, help="steps of training, in place of epochs", minimum=0)
-        lr: float = arg(5e-4, help="highest learning rate", minimum=0)
+        epochs: float = arg(3.0, help="times the data is seen", minimum=0.001, shape=False)
+        steps: int = arg(0, help="steps of training, in place of epochs", minimum=0, shape=False)
+        lr: float = arg(5e-4, help="highest learning rate", minimum=0, shape=False)
         batch: int = arg(8, help="examples in a micro-batch", minimum=1)
         context: int = arg(
             0, help="tokens in an example (0: 256, or as many as the model takes)", minimum=0
@@ -46,11 +50,15 @@ class Finetune(TrainingProgram):
 
     @classmethod
     def plan(cls, args: Args) -> Footprint:
+        from llmos.services.model.load import allow_code
         from llmos.services.programs.lm_plan import plan_finetune
 
+        allow_code(args.trust_remote_code)
         return plan_finetune(args)
 
     def load(self, ctx: Context) -> None:
+        from llmos.services.model.load import allow_code
         from llmos.services.programs.lm_start import start_finetune
 
+        allow_code(self.args.trust_remote_code)
         self.session = start_finetune(ctx, self.args)

@@ -10,12 +10,25 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmos.kernel.errors import BadInput
-from llmos.services.programs.base import Context, Done, Footprint, Program, Report, arg
+from llmos.services.programs.base import (
+    Context,
+    Done,
+    Footprint,
+    Keep,
+    Program,
+    Report,
+    arg,
+    as_it_is,
+    keep,
+    save_every,
+    save_in_place,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,21 +68,34 @@ class Gan(Program):
         data: str = arg(
             help="idx file (also .gz), folder of PNG or JPEG, or .npz", positional=True, path=True
         )
-        out: str = arg(help="name of the model that is made", metavar="NAME", output=True)
-        steps: int = arg(0, help=f"updates; 0: {DEFAULT_STEPS}, or until the time limit", minimum=0)
-        time_limit_s: float = arg(0.0, help="end after this much wall time; 0: none", minimum=0)
+        out: str = arg(
+            help="name of the model that is made", metavar="NAME", output=True, shape=False
+        )
+        steps: int = arg(
+            0, help=f"updates; 0: {DEFAULT_STEPS}, or until the time limit", minimum=0, shape=False
+        )
+        time_limit_s: float = arg(
+            0.0, help="end after this much wall time; 0: none", minimum=0, shape=False
+        )
         batch: int = arg(64, help="images in an update", minimum=2)
         latent: int = arg(64, help="numbers that the generator makes an image from", minimum=1)
         width: int = arg(32, help="channels of the networks' largest maps", minimum=4, maximum=512)
-        lr: float = arg(2e-3, help="learning rate of both networks", minimum=0)
-        beta1: float = arg(0.5, help="Adam's memory of gradients", minimum=0, maximum=0.999)
-        seed: int = arg(0, help="the same seed gives the same run", minimum=0)
+        lr: float = arg(2e-3, help="learning rate of both networks", minimum=0, shape=False)
+        beta1: float = arg(
+            0.5, help="Adam's memory of gradients", minimum=0, maximum=0.999, shape=False
+        )
+        seed: int = arg(0, help="the same seed gives the same run", minimum=0, shape=False)
         dtype: str = arg(
             "auto", help="number format of computing", choices=("auto", "float32", "bfloat16")
         )
-        sample_every: int = arg(0, help="steps between two grids; 0: about 10 s", minimum=0)
+        sample_every: int = arg(
+            0, help="steps between two grids; 0: about 10 s", minimum=0, shape=False
+        )
         threads: int = arg(0, help="CPU threads; 0: as many as the kernel gives", minimum=0)
-        overwrite: bool = arg(False, help="replace a model of this name")
+        overwrite: bool = arg(False, help="replace a model of this name", shape=False)
+        save_every: str = save_every()
+        keep: int = keep()
+        save_in_place: bool = save_in_place()
 
     _images: npt.NDArray[np.uint8]
     _trainer: Trainer
@@ -99,7 +125,7 @@ class Gan(Program):
         self._order = Order(count, args.seed)
         shape = Shape(channels, height, width, args.latent, args.width)
         half = resolve_dtype(args.dtype, ctx.device) == torch.bfloat16
-        self._trainer = Trainer(shape, args.lr, args.beta1, ctx.device, half)
+        self._trainer = Trainer(shape, args.lr, args.beta1, ctx.device, half, ctx.gate)
         self._fixed_noise = torch.randn(GRID, args.latent)
         self._sample_every = args.sample_every or max(20, SAMPLE_PIXELS // (height * width))
         self._steps = args.steps or (0 if args.time_limit_s else DEFAULT_STEPS)
@@ -146,7 +172,7 @@ class Gan(Program):
         """The model, whole and aside; the registry puts it in place."""
         from llmos.services.programs.gan_pictures import write_grid
 
-        folder = ctx.home / "models" / f".partial-{ctx.pid}"
+        folder = ctx.work / "model"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self._trainer.write_model(folder)
@@ -163,11 +189,16 @@ class Gan(Program):
         result = {"model": self.args.out, "folder": entry["folder"], "steps": self._trainer.updates}
         return Done(result={**result, "seconds": round(self._elapsed_s(), 3), **self._metrics})
 
-    def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
+    def tensors(self) -> Iterable[Tensor]:
+        return self._trainer.all_tensors()
 
-        self._trainer.write_model(folder)
-        save_file(self._trainer.tensors(), folder / "training.safetensors")
+    def save(self, folder: Path) -> None:
+        self.capture(as_it_is)(folder)
+
+    def capture(self, keep: Keep) -> Callable[[Path], None]:
+        from llmos.services.programs.lm_state import write as write_tensors
+
+        model, tensors = self._trainer.capture_model(keep), self._trainer.tensors(keep)
         state = {
             "updates": self._trainer.updates,
             "elapsed_s": self._elapsed_s(),
@@ -175,7 +206,14 @@ class Gan(Program):
             "order": self._order.state(),
             "conditions": self._trainer.conditions(),
         }
-        (folder / "training.json").write_text(json.dumps(state))
+        text = json.dumps(state)
+
+        def write(folder: Path) -> None:
+            model(folder)
+            write_tensors(tensors, folder / "training.safetensors")
+            (folder / "training.json").write_text(text)
+
+        return write
 
     def restore(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -189,8 +227,12 @@ class Gan(Program):
 
     def _say_differences(self, before: dict[str, Any]) -> None:
         """A run that goes on under other conditions is a little different: said, not hidden."""
-        now = self._trainer.conditions()
-        changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
-        if changed:
-            text = f"not the same bits as without the interruption: {', '.join(changed)}"
+        import torch
+
+        from llmos.services.programs import conditions
+
+        if "threads" in before:  # they belong to the run: they come from its first worker
+            torch.set_num_threads(int(before["threads"]))
+        text = conditions.differences(before, self._trainer.conditions())
+        if text:
             self._ctx.emit("note", text=text)

@@ -1,4 +1,4 @@
-"""What a GAN will hold, predicted from the shapes of its networks; nothing is allocated."""
+"""What a GAN will hold: one update on tensors without memory, beside the images."""
 # ruff: noqa: TID253  (imported by `plan` only, in a child that has torch at hand)
 
 from __future__ import annotations
@@ -7,20 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from llmos.services.model.dryrun import Books
+from llmos.services.model.footprint import UNSEEN_SHARE
 from llmos.services.model.load import resolve_dtype
-from llmos.services.programs.base import Footprint, Segment
-from llmos.services.programs.gan_nets import Discriminator, Generator, Shape
+from llmos.services.programs.base import COPY, Footprint, OpenGate, Segment, planned_device
+from llmos.services.programs.gan import GRID
+from llmos.services.programs.gan_nets import Generator, Shape
 from llmos.services.programs.gan_pictures import read_images
+from llmos.services.programs.gan_train import Trainer
 
-# Private memory of a worker with torch that has computed once, beside its tensors: measured 25 to
-# 40 MB (MNIST, 2 threads, forked).
-CONTEXT_BYTES = 48 * 2**20
+# Private memory of a worker on a CPU that trains a GAN, beside its tensors. Measured by
+# tests/bench/bench_footprint.py.
+CONTEXT_BYTES = 28 << 20
 
-# Bytes for each number that the layers put out in an update. Measured 2.6 in bfloat16 (some are
-# kept in both formats) and 3.2 in float32 (some are freed before the others are made).
-BYTES_PER_OUTPUT = {torch.bfloat16: 3, torch.float32: 4}
+
+class _Unplaced(Trainer):
+    """Fake tensors can be neither moved in place nor copied deeply; bytes are the same without."""
+
+    def _copied(self, net: Generator) -> Generator:
+        return Generator(self.shape)
+
+    def _placed(self, net: Any) -> Any:
+        return net
 
 
 def plan_gan(args: Any) -> Footprint:
@@ -28,40 +37,47 @@ def plan_gan(args: Any) -> Footprint:
     images = read_images(Path(args.data))
     _, channels, height, width = images.shape
     shape = Shape(channels, height, width, args.latent, args.width)
-    with torch.device("meta"):
-        generator, discriminator = Generator(shape), Discriminator(shape)
-        noise = torch.empty(args.batch, args.latent)
-        real = torch.empty(args.batch, channels, height, width)
-        # The discriminator runs three times in an update, and two of these are kept together.
-        outputs = _output_numbers(generator, noise) + 2 * _output_numbers(discriminator, real)
-    one, other = _bytes(generator), _bytes(discriminator)
-    activations = outputs * BYTES_PER_OUTPUT[resolve_dtype(args.dtype)]
+    half = resolve_dtype(args.dtype) == torch.bfloat16
+    held = _trace(shape, args, half)
+    trained = held["gradients"]
+    copied = planned_device() == "cpu" and not args.save_in_place
+    rest = sum(held.values()) - held["weights"] - held["optimizer"] - trained
     return Footprint(
         (
-            Segment("weights", 2 * one + other),  # the average is a second generator
-            Segment("gradients", one + other),
-            Segment("optimizer", 2 * (one + other)),
-            Segment("activations", activations + images.nbytes),
-            Segment("context", CONTEXT_BYTES),
+            Segment("weights", held["weights"]),
+            Segment("gradients", trained),
+            Segment("optimizer", held["optimizer"]),
+            Segment("activations", rest + images.nbytes),
+            Segment("context", CONTEXT_BYTES if planned_device() == "cpu" else 0),
+            *([Segment(COPY, held["weights"] + held["optimizer"])] if copied else []),
         )
     )
 
 
-def _bytes(net: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in net.state_dict().values())
-
-
-def _output_numbers(net: nn.Module, argument: Tensor) -> int:
-    """How many numbers all layers put out together in one forward pass."""
-    count = 0
-
-    def add(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
-        nonlocal count
-        count += output.numel()
-
-    leaves = [m for m in net.modules() if not list(m.children())]
-    hooks = [leaf.register_forward_hook(add) for leaf in leaves]
-    net(argument)
-    for hook in hooks:
-        hook.remove()
-    return count
+def _trace(shape: Shape, args: Any, half: bool) -> dict[str, int]:
+    """Two updates and a grid of samples on fake tensors -> what is held in the worst moment."""
+    cpu = planned_device() == "cpu"
+    books = Books(heap=cpu)
+    books.phase("update")
+    with books:
+        with books.making("weights"):
+            trainer = _Unplaced(shape, args.lr, args.beta1, "cpu", half, OpenGate())
+        noise = torch.empty(GRID, args.latent)
+        real = torch.empty(args.batch, shape.channels, shape.height, shape.width_px)
+        trainer.update(real)
+        books.assign(trainer.moments(), "optimizer")
+        nets = (trainer.generator, trainer.discriminator)
+        books.assign(
+            (p.grad for net in nets for p in net.parameters() if p.grad is not None), "gradients"
+        )
+        trainer.update(real)
+        trainer.sample(noise)
+    held = {"gradients": 0, **books.peaks["update"]}
+    held["unused"] = books.unused_bytes() + (int(UNSEEN_SHARE * held["activations"]) if cpu else 0)
+    trained = sum(p.numel() * p.element_size() for net in nets for p in net.parameters())
+    # Gradients of both networks live on from update to update.
+    return {
+        **held,
+        "activations": held["activations"] + held["gradients"] - trained,
+        "gradients": trained,
+    }

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from llmos.services.model import safepoints
+from llmos.services.optim import pieces
+from llmos.services.programs import conditions, lm_state
+from llmos.services.programs.base import Gate, Keep, as_it_is
 from llmos.services.programs.gan_nets import MODEL_TYPE, Discriminator, Generator, Shape
 
 # The average follows about the last 1 / (1 - 0.99) updates: a run of a few minutes has
@@ -34,12 +38,17 @@ REAL = 0.9
 class Trainer:
     """Both networks, both optimizers, the average, on one device."""
 
-    def __init__(self, shape: Shape, lr: float, beta1: float, device: str, half: bool) -> None:
+    def __init__(
+        self, shape: Shape, lr: float, beta1: float, device: str, half: bool, gate: Gate
+    ) -> None:
         self.shape, self.half, self.device = shape, half, torch.device(device)
+        self._gate = gate
         self.generator = self._placed(Generator(shape))
         self.discriminator = self._placed(Discriminator(shape))
-        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self.average = self._copied(self.generator).eval().requires_grad_(False)
         self.updates = 0
+        for net in (self.generator, self.discriminator):
+            safepoints.install(net, gate)
         self._optimizers = {
             "generator": self._adam(self.generator, lr, beta1),
             "discriminator": self._adam(self.discriminator, lr, beta1),
@@ -50,6 +59,7 @@ class Trainer:
 
         -> losses of the discriminator and the generator, as tensors on the device.
         """
+        self._gate.boundary("discriminator")
         real = real.to(self.device, memory_format=torch.channels_last)
         with self._autocast():
             fake = self.generator(self._noise(len(real)))
@@ -61,12 +71,14 @@ class Trainer:
         loss_d = (loss_real + softplus(fake_score)).mean()
         self._apply("discriminator", loss_d)
         self.discriminator.requires_grad_(False)
+        self._gate.boundary("generator")
         with self._autocast():
             score = self.discriminator(fake)
         loss_g = softplus(-score.float()).mean()
         self._apply("generator", loss_g)
         self.discriminator.requires_grad_(True)
         self.updates += 1
+        self._gate.boundary("average")
         self._follow()
         return loss_d.detach(), loss_g.detach()
 
@@ -78,34 +90,52 @@ class Trainer:
 
     def write_model(self, folder: Path) -> None:
         """The model's files: generator (the average), discriminator, config.json."""
+        self.capture_model(as_it_is)(folder)
+
+    def capture_model(self, keep: Keep) -> Callable[[Path], None]:
+        """The model as it is now -> what writes it."""
         nets = {"generator": self.average, "discriminator": self.discriminator}
-        for name, net in nets.items():
-            weights = {k: v.contiguous() for k, v in net.state_dict().items()}
-            save_file(weights, folder / f"{name}.safetensors")
+        kept = {
+            name: {key: keep(tensor) for key, tensor in net.state_dict().items()}
+            for name, net in nets.items()
+        }
         config = {"model_type": MODEL_TYPE, "architectures": ["DCGAN"], "shape": asdict(self.shape)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+        def write(folder: Path) -> None:
+            for name, tensors in kept.items():
+                lm_state.write(tensors, folder / f"{name}.safetensors")
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+        return write
 
     def conditions(self) -> dict[str, Any]:
         """What must be the same for a continued run to give the same bits."""
-        return {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "bfloat16": self.half,
-            "device": self.device.type,
-        }
+        return conditions.now(self.device, "bfloat16" if self.half else "float32")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All state that is tensors, by name. Shared with the trainer, not copied."""
+    def tensors(self, keep: Keep = as_it_is) -> dict[str, Tensor]:
+        """All state that is tensors, by name."""
         found = {}
         for net in ("generator", "discriminator", "average"):
             for name, tensor in getattr(self, net).state_dict().items():
-                found[f"{net}/{name}"] = tensor.contiguous()
+                found[f"{net}/{name}"] = keep(tensor)
         for net, optimizer in self._optimizers.items():
             for index, slots in optimizer.state_dict()["state"].items():
                 for slot, tensor in slots.items():
-                    found[f"optimizer/{net}/{index}/{slot}"] = tensor.contiguous()
+                    found[f"optimizer/{net}/{index}/{slot}"] = keep(tensor)
         found["random/cpu"] = torch.get_rng_state()
         return found
+
+    def moments(self) -> list[Tensor]:
+        """What the optimizers keep."""
+        states = [s for o in self._optimizers.values() for s in o.state.values()]
+        return [t for slots in states for t in slots.values()]
+
+    def all_tensors(self) -> Iterator[Tensor]:
+        """What the next update needs of the device."""
+        for net in (self.generator, self.discriminator, self.average):
+            yield from safepoints.tensors_of(net)
+        for optimizer in self._optimizers.values():
+            yield from pieces.tensors_of(optimizer)
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         """Go back to what `tensors` gave after `updates` updates."""
@@ -128,8 +158,9 @@ class Trainer:
     def _apply(self, net: str, loss: Tensor) -> None:
         optimizer = self._optimizers[net]
         optimizer.zero_grad(set_to_none=True)
+        self._gate.boundary(f"{net} backward")
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        pieces.step(optimizer, self._gate)
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -144,6 +175,9 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def _copied(self, net: Generator) -> Generator:
+        return copy.deepcopy(net)
 
     def _placed(self, net: nn.Module) -> Any:
         return net.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]

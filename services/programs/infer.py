@@ -19,7 +19,7 @@ class Infer(Program):
     group = "inference"
     default_class = "interactive"
     engine = "engine"
-    engine_args = ("model", "dtype", "keep_alive_s")
+    engine_args = ("model", "dtype", "keep_alive_s", "trust_remote_code")
     on_interrupt = "kill"
 
     @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Infer(Program):
         model: str = arg(
             help="registry name, folder or hub name", metavar="MODEL", positional=True, model=True
         )
-        prompt: str = arg(help="the text to continue", metavar="PROMPT", positional=True)
+        prompt: str = arg(
+            help="the text to continue", metavar="PROMPT", positional=True, plan_without=True
+        )
         max_tokens: int = arg(128, help="make at most so many tokens", minimum=1)
         temperature: float = arg(0.8, help="0 takes the likeliest token (greedy)", minimum=0)
         top_k: int = arg(40, help="draw from the K likeliest tokens; 0: from all", minimum=0)
@@ -48,11 +50,16 @@ class Infer(Program):
         keep_alive_s: float = arg(
             300.0, help="keep the model loaded so long after its last use; -1: for ever", minimum=-1
         )
+        trust_remote_code: bool = arg(
+            False, help="run code that lies in the model's folder, for this run"
+        )
 
     @classmethod
     def plan(cls, args: Any) -> Footprint:
+        from llmos.services.model.load import allow_code
         from llmos.services.programs.engine_plan import plan_guest
 
+        allow_code(args.trust_remote_code)
         # A token of the prompt is a byte of it at least.
         tokens = len(args.prompt.encode()) + args.max_tokens
         return plan_guest(args.model, args.dtype, tokens)

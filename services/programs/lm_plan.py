@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmos.kernel.errors import BadArgument, BadInput
 from llmos.services.data.base import Dialogue, Document, read_text, text_files
@@ -20,18 +21,19 @@ from llmos.services.model import footprint
 from llmos.services.model.families import Shape, build_config
 from llmos.services.model.load import (
     check_weights,
+    code_is_allowed,
     load_config,
     load_tokenizer,
     resolve_dtype,
     weight_files,
 )
 from llmos.services.optim.optimizers import check_name
-from llmos.services.programs.base import Footprint
+from llmos.services.programs.base import Footprint, planned_device
 from llmos.services.programs.lm_args import TrainingArgs
-from llmos.services.programs.lm_weights import add_adapter
+from llmos.services.programs.lm_weights import add_adapter, checkpoint_gradients
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from llmos.services.programs.finetune import Finetune
     from llmos.services.programs.pretrain import Pretrain
@@ -44,13 +46,16 @@ USUAL_CONTEXT = 256
 
 
 def plan_pretrain(args: Pretrain.Args) -> Footprint:
-    """Raises BadInput, BadArgument."""
-    _check_training(args, Path(args.data))
+    """Without data nothing is said about it. Raises BadInput, BadArgument."""
+    _check_training(args)
     vocab_size = len(load_tokenizer(args.tokenizer)) if args.tokenizer else args.vocab_size
     shape = Shape(vocab_size, args.context, args.width, args.layers, args.heads, args.dropout)
+
+    def make(config: PreTrainedConfig) -> PreTrainedModel:
+        return _make(config, args)
+
     config = build_config(args.arch, shape)
-    model = footprint.on_meta(config)
-    return footprint.training_footprint(model, config, _step(args))
+    return footprint.training_footprint(make, config, _step(args))
 
 
 def with_context(args: Finetune.Args, config: PreTrainedConfig) -> Finetune.Args:
@@ -67,25 +72,49 @@ def with_context(args: Finetune.Args, config: PreTrainedConfig) -> Finetune.Args
 
 
 def plan_finetune(args: Finetune.Args) -> Footprint:
-    """Raises BadInput, BadArgument."""
-    _check_training(args, Path(args.data))
+    """Without data nothing is said about it. Raises BadInput, BadArgument."""
+    _check_training(args)
     check_weights(args.model)
     config = load_config(args.model)
     load_tokenizer(args.model)
     args = with_context(args, config)
-    model = footprint.on_meta(config)
     if args.method == "full":
-        return footprint.training_footprint(model, config, _step(args))
-    with torch.device("meta"):
-        adapted = add_adapter(
-            model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets
+        return footprint.training_footprint(lambda c: _make(c, args), config, _step(args))
+
+    def make(smaller: PreTrainedConfig) -> torch.nn.Module:
+        return add_adapter(
+            _make(smaller, args),
+            args.lora_rank,
+            args.lora_alpha,
+            args.lora_dropout,
+            args.lora_targets,
         )
-    return footprint.training_footprint(adapted, config, _step(args), _mapped(Path(args.model)))
+
+    return footprint.training_footprint(make, config, _step(args), _mapped(Path(args.model)))
+
+
+def _make(config: PreTrainedConfig, args: TrainingArgs) -> PreTrainedModel:
+    # Whatever they are stored in: the weights of a training are float32.
+    made = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, trust_remote_code=code_is_allowed()
+    )  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = made
+    checkpoint_gradients(model, args.gradient_checkpointing)
+    return model
 
 
 def _step(args: TrainingArgs) -> footprint.TrainingShape:
-    value_bytes = resolve_dtype(args.dtype).itemsize
-    return footprint.TrainingShape(args.batch, args.context, value_bytes, args.optimizer)
+    return footprint.TrainingShape(
+        batch=args.batch,
+        context=args.context,
+        dtype=resolve_dtype(args.dtype),
+        optimizer=args.optimizer,
+        # All that a gang adds: its gradients stay from step to step, as if they were added up.
+        accumulate=max(args.accumulate, 1 if args.devices == 1 else 2),
+        grad_clip=args.grad_clip,
+        device=planned_device(),
+        copy=planned_device() == "cpu" and not args.save_in_place,
+    )
 
 
 def _mapped(folder: Path) -> str:
@@ -95,8 +124,11 @@ def _mapped(folder: Path) -> str:
     return str(weight_files(folder)[0])
 
 
-def _check_training(args: TrainingArgs, data: Path) -> None:
+def _check_training(args: Pretrain.Args | Finetune.Args) -> None:
     check_name(args.optimizer)
+    if not args.data:
+        return
+    data = Path(args.data)
     characters, whole, pairs = _sample(read_text(data))
     for file, _ in text_files(data):
         # The sample may end before the last file: at least open each.

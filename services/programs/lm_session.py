@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ import torch
 from llmos.kernel.errors import BadInput
 from llmos.services.data.order import Order
 from llmos.services.data.packing import Subset
-from llmos.services.programs import lm_state
-from llmos.services.programs.base import Context, Done, Report
+from llmos.services.programs import conditions, lm_state
+from llmos.services.programs.base import Context, Done, Keep, Report, as_it_is
 from llmos.services.programs.lm_args import TrainingArgs
 from llmos.services.programs.lm_data import Prepared
 from llmos.services.programs.lm_loop import Loop
 from llmos.services.programs.lm_weights import Weights
 
 STATE = "state.json"
+RANK_STATE = "rank-{}.json"  # of ranks other than the first
 
 # Validation looks at no more tokens than this, evenly spread: its end is worth waiting for.
 EVALUATION_TOKENS = 131_072
@@ -65,8 +66,11 @@ class Session:
         self.ctx, self.args, self.weights, self.loop, self.data = ctx, args, weights, loop, data
         self.steps = steps
         self.made_by = made_by
+        self.gang = loop.gang
+        self._step_size = args.batch * args.accumulate * self.gang.size  # examples
         self.order = Order(len(data.training), args.seed)
         self.place = Place()
+        self.shrunk: list[dict[str, int]] = []  # step and micro-batch of each `shrink`
         self._trained: dict[str, float] = {}  # the metrics of the last step
         self._held_out = _spread(data.validation, EVALUATION_TOKENS // args.context)
         self._clock: float | None = None
@@ -81,7 +85,7 @@ class Session:
     def _train(self) -> Report:
         self._tick()
         progress = self._progress(self.place.step + 1)
-        indices = self.order.take(self.args.batch * self.args.accumulate)
+        indices = self.order.take(self._step_size)
         measured = self.loop.train(self.data.training, indices, progress)
         step = self.place.step + 1
         if not math.isfinite(measured.loss):
@@ -107,7 +111,7 @@ class Session:
         until = time.perf_counter() + EVALUATION_SLICE_S
         while self.place.evaluated < len(self._held_out):
             at = self.place.evaluated
-            indices = self._held_out[at : at + self.args.batch]
+            indices = self._held_out[at : at + self.loop.micro_batch * self.gang.size]
             loss, labels = self.loop.evaluate(self.data.validation, indices)
             self.place = replace(
                 self.place,
@@ -115,7 +119,7 @@ class Session:
                 loss_sum=self.place.loss_sum + loss,
                 labels=self.place.labels + labels,
             )
-            if time.perf_counter() >= until:
+            if self.gang.as_first(time.perf_counter() >= until):
                 break
         metrics = self._evaluation()
         if self.place.evaluated == len(self._held_out):
@@ -140,7 +144,9 @@ class Session:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     def _export(self) -> Done:
-        folder = self.ctx.home / "models" / f".partial-{self.ctx.pid}"
+        if not self.gang.leads:
+            return Done()  # rank 0 writes the model, which is the same on all
+        folder = self.ctx.work / "model"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.weights.export(folder)
@@ -150,7 +156,7 @@ class Session:
             name=self.args.out,
             folder=str(folder),
             kind="causal-lm",
-            made_by={"pid": self.ctx.pid, **self.made_by},
+            made_by={"pid": self.ctx.pid, **self.made_by, **self._shrunk()},
             overwrite=self.args.overwrite,
         )
         result = {
@@ -158,8 +164,33 @@ class Session:
             "folder": registered["folder"],
             "steps": self.place.step,
             **self._evaluation(),
+            **self._shrunk(),
         }
         return Done(result=result)
+
+    # -- memory
+
+    def shrink(self) -> bool:
+        """Halve the micro-batch and accumulate twice as often: the batch of a step stays.
+
+        Only where --may-shrink allows it: sums are made in another order, so the result is no
+        longer that of the arguments to the last bit. It is said, and kept with the model.
+        """
+        before = self.loop.micro_batch
+        # All ranks of a gang are told between the same two steps, and decide alike.
+        if not self.args.may_shrink or before < 2:
+            return False
+        self.loop.micro_batch = (before + 1) // 2
+        self.shrunk.append({"step": self.place.step, "micro_batch": self.loop.micro_batch})
+        text = (
+            f"micro-batch {before} -> {self.loop.micro_batch} after step {self.place.step}, to "
+            f"take less memory; a step has as many examples as before, its sums another order"
+        )
+        self.ctx.emit("note", text=text)
+        return True
+
+    def _shrunk(self) -> dict[str, Any]:
+        return {"shrunk": self.shrunk} if self.shrunk else {}
 
     # -- time
 
@@ -168,6 +199,8 @@ class Session:
         now = time.monotonic()
         if self._clock is not None:
             elapsed_s = self.place.elapsed_s + now - self._clock
+            if self.args.time_limit_s:  # the end, and the learning rate, hang on it
+                elapsed_s = self.gang.as_first(elapsed_s)
             self.place = replace(self.place, elapsed_s=elapsed_s)
         self._clock = now
 
@@ -185,17 +218,40 @@ class Session:
     # -- checkpoints
 
     def save(self, folder: Path) -> None:
-        self.weights.save(folder)
-        self.data.tokenizer.save_pretrained(folder)
+        """Rank 0 writes what is the same on all, the others where their generators are."""
+        if self.gang.leads:
+            self.capture(as_it_is)(folder)
+            return
+        rank = self.gang.rank
+        states, plain = lm_state.capture_random()
+        lm_state.write(states, folder / lm_state.random_file(rank))
+        (folder / RANK_STATE.format(rank)).write_text(json.dumps(plain))
+
+    def capture(self, keep: Keep) -> Callable[[Path], None]:
+        weights = self.weights.capture(keep)
+        moments, optimizer = lm_state.capture_optimizer(self.loop.optimizer, keep)
+        generators, random = lm_state.capture_random()
         state = {
             "place": vars(self.place),
+            "shrunk": self.shrunk,
+            "trained": self._trained,
+            "unreported": self.loop.unreported,
             "order": self.order.state(),
             "data": self.data.digest,
-            "optimizer": lm_state.save_optimizer(self.loop.optimizer, folder),
-            "random": lm_state.save_random(folder),
-            "machine": self._machine(),
+            "optimizer": optimizer,
+            "random": random,
+            "machine": self.machine(),
         }
-        (folder / STATE).write_text(json.dumps(state))
+        text = json.dumps(state)
+
+        def write(folder: Path) -> None:
+            weights(folder)
+            self.data.tokenizer.save_pretrained(folder)
+            lm_state.write(moments, folder / lm_state.OPTIMIZER)
+            lm_state.write(generators, folder / lm_state.random_file())
+            (folder / STATE).write_text(text)
+
+        return write
 
     def restore(self, folder: Path) -> None:
         state = json.loads((folder / STATE).read_text())
@@ -209,27 +265,28 @@ class Session:
         lm_state.restore_optimizer(self.loop.optimizer, folder, state["optimizer"])
         self.order.restore(state["order"])
         self.place = Place(**state["place"])
+        self.shrunk = state.get("shrunk", [])  # checkpoints of 0.1 have none
+        if self.shrunk:
+            self.loop.micro_batch = self.shrunk[-1]["micro_batch"]
+        self._trained = state.get("trained", {})
+        self.loop.unreported = state.get("unreported")
         self._clock = None
-        lm_state.restore_random(folder, state["random"])
+        rank, plain = self.gang.rank, state["random"]
+        if not self.gang.leads:
+            plain = json.loads((folder / RANK_STATE.format(rank)).read_text())
+        lm_state.restore_random(folder, plain, rank)
 
-    def _machine(self) -> dict[str, Any]:
+    def machine(self) -> dict[str, Any]:
         """What the bits of a run depend on, beside its arguments."""
-        return {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "dtype": self.loop.accelerator.mixed_precision,
-            "compiled": False,
-            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-            "device": self.loop.accelerator.device.type,
-        }
+        dtype = self.loop.accelerator.mixed_precision
+        return conditions.now(self.loop.accelerator.device, dtype)
 
     def _compare_machines(self, saved: dict[str, Any]) -> None:
         # The number of threads belongs to the run: it comes from its first worker.
         torch.set_num_threads(int(saved["threads"]))
-        for key, now in self._machine().items():
-            if saved.get(key) != now:
-                text = f"restored with {key} {now}, saved with {saved.get(key)}"
-                self.ctx.emit("note", text=f"{text}: the results may differ in the last bits")
+        text = conditions.differences(saved, self.machine())
+        if text:
+            self.ctx.emit("note", text=text)
 
 
 def _spread(examples: Subset, most: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -21,10 +21,18 @@ from llmos.services.model.load import load_causal_lm, load_config, load_tokenize
 from llmos.services.programs import lm_data, lm_state
 from llmos.services.programs.base import Context
 from llmos.services.programs.lm_args import TrainingArgs
+from llmos.services.programs.lm_gang import Gang
 from llmos.services.programs.lm_loop import Loop
 from llmos.services.programs.lm_plan import with_context
 from llmos.services.programs.lm_session import Session
-from llmos.services.programs.lm_weights import Adapter, Weights, Whole, add_adapter, align
+from llmos.services.programs.lm_weights import (
+    Adapter,
+    Weights,
+    Whole,
+    add_adapter,
+    align,
+    checkpoint_gradients,
+)
 
 if TYPE_CHECKING:
     from llmos.services.programs.finetune import Finetune
@@ -40,18 +48,25 @@ def start_pretrain(ctx: Context, args: Pretrain.Args) -> Session:
             return load_tokenizer(args.tokenizer)
         return train_tokenizer(read_text(Path(args.data)), args.vocab_size, args.context)
 
-    data = lm_data.prepare(
-        ctx.work,
-        args.data,
-        args.context,
-        make_tokenizer,
-        pairs=False,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-    )
+    def prepare() -> lm_data.Prepared:
+        return lm_data.prepare(
+            ctx.work,
+            args.data,
+            args.context,
+            make_tokenizer,
+            pairs=False,
+            val_fraction=args.val_fraction,
+            seed=args.seed,
+        )
+
+    gang = Gang(ctx)
+    with ctx.gate.away():
+        data = gang.in_turn(prepare)
     lm_state.seed_all(args.seed)
     model = build(args.arch, shape_of(args, data.tokenizer))
-    loop = Loop(model, args, ctx)
+    checkpoint_gradients(model, args.gradient_checkpointing)
+    loop = Loop(model, args, ctx, gang)
+    gang.part_ways(args.seed)
     made_by = {"program": "pretrain", "from": args.data}
     return Session(ctx, args, Whole(model), loop, data, args.steps, made_by)
 
@@ -60,24 +75,31 @@ def start_finetune(ctx: Context, args: Finetune.Args) -> Session:
     """A model that there is, on more text or on answers. Raises BadInput, BadArgument."""
     _set_threads(ctx, args)
     args = with_context(args, load_config(args.model))
-    # A restored run has its data in tokens already: the file may be gone.
-    pairs = not (ctx.work / "data").is_dir() and lm_data.has_pairs(Path(args.data))
-    data = lm_data.prepare(
-        ctx.work,
-        args.data,
-        args.context,
-        lambda: load_tokenizer(args.model),
-        pairs=pairs,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-    )
+
+    def prepare() -> lm_data.Prepared:
+        # A restored run has its data in tokens already: the file may be gone.
+        pairs = not (ctx.work / "data").is_dir() and lm_data.has_pairs(Path(args.data))
+        return lm_data.prepare(
+            ctx.work,
+            args.data,
+            args.context,
+            lambda: load_tokenizer(args.model),
+            pairs=pairs,
+            val_fraction=args.val_fraction,
+            seed=args.seed,
+        )
+
+    gang = Gang(ctx)
+    with ctx.gate.away():
+        data = gang.in_turn(prepare)
     if data.dropped:
         text = f"{data.dropped} pairs are longer than --context {args.context} and are left out"
         ctx.emit("note", text=text)
     lm_state.seed_all(args.seed)
     model, weights = _trainable(args)
-    loop = Loop(model, args, ctx)
-    per_step = args.batch * args.accumulate
+    loop = Loop(model, args, ctx, gang)
+    gang.part_ways(args.seed)
+    per_step = args.batch * args.accumulate * gang.size
     steps = args.steps or math.ceil(args.epochs * len(data.training) / per_step)
     made_by = {"program": "finetune", "from": args.model, "data": args.data, "method": args.method}
     return Session(ctx, args, weights, loop, data, steps, made_by)
@@ -97,6 +119,7 @@ def shape_of(args: Pretrain.Args, tokenizer: PreTrainedTokenizerBase) -> Shape:
 
 def _trainable(args: Finetune.Args) -> tuple[torch.nn.Module, Weights]:
     model = load_causal_lm(args.model, "float32")
+    checkpoint_gradients(model, args.gradient_checkpointing)
     if args.method == "full":
         align(model)
         return model, Whole(model)

@@ -8,7 +8,7 @@ keeps the model and learns low-rank additions to its linear layers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,16 +18,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmos.kernel.errors import BadArgument
-from llmos.services.model.load import load_causal_lm
+from llmos.services.model.load import give_back, load_causal_lm
+from llmos.services.programs.base import Keep
 
 
 class Weights(Protocol):
     """What a session asks of the weights."""
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint of what is trained, in float32."""
+    def capture(self, keep: Keep) -> Callable[[Path], None]:
+        """What is trained, in float32, for a checkpoint -> what writes it."""
         ...
 
     def restore(self, folder: Path) -> None:
@@ -45,8 +47,9 @@ class Whole:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+    def capture(self, keep: Keep) -> Callable[[Path], None]:
+        kept = {name: keep(tensor) for name, tensor in self.model.state_dict().items()}
+        return lambda folder: self.model.save_pretrained(folder, state_dict=kept)
 
     def restore(self, folder: Path) -> None:
         saved = load_causal_lm(folder, "float32").state_dict()
@@ -64,8 +67,11 @@ class Adapter:
         self.model = model
         self.base = base
 
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder))
+    def capture(self, keep: Keep) -> Callable[[Path], None]:
+        learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        state = self.model.state_dict()
+        kept = {name: keep(tensor) for name, tensor in state.items() if name in learned}
+        return lambda folder: self.model.save_pretrained(str(folder), state_dict=kept)
 
     def restore(self, folder: Path) -> None:
         set_peft_model_state_dict(self.model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
@@ -73,6 +79,7 @@ class Adapter:
     def export(self, folder: Path) -> None:
         """The merged model, and the adapter alone in `adapter/`."""
         self.model.save_pretrained(str(folder / "adapter"))
+        give_back()  # the merged weights take the place of the activations
         fresh = load_causal_lm(self.base, "float32")
         with _quiet():
             adapted = PeftModel.from_pretrained(fresh, str(folder / "adapter"))
@@ -90,11 +97,32 @@ def align(model: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
+def checkpoint_gradients(model: PreTrainedModel, wanted: bool) -> None:
+    """Keep only the input of each layer for the backward pass (Chen et al. 2016), if it is wanted.
+
+    The layers run once more in the backward pass, with the same random numbers: the results are the
+    same bits. Raises BadArgument.
+    """
+    if not wanted:
+        return
+    if not model.supports_gradient_checkpointing:
+        raise BadArgument(
+            f"a model of type {model.config.model_type} cannot do --gradient-checkpointing",
+            "leave it out; a smaller --batch with more --accumulate saves memory too",
+        )
+    with _quiet():
+        model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+
 def add_adapter(
     model: PreTrainedModel, rank: int, alpha: int, dropout: float, targets: list[str]
 ) -> PeftModel:
     """The model with a new LoRA adapter; the rest of it is frozen. Raises BadArgument."""
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    # GPT-2 has linear layers of its own class, with the weight the other way round.
+    turned = any(isinstance(m, Conv1D) for m in model.modules())
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     head = [n for n, m in model.named_modules() if m is output]
     if not set(linear) - set(head):
@@ -115,6 +143,7 @@ def add_adapter(
         lora_dropout=dropout,
         target_modules=chosen,
         task_type="CAUSAL_LM",
+        fan_in_fan_out=turned,
     )
     with _quiet():
         adapted: PeftModel = get_peft_model(model, config)
@@ -123,7 +152,7 @@ def add_adapter(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft 0.21 asks transformers 5.23 for a name that is going to be another one."""
+    """Of gradient checkpointing transformers 5.23 changes the names; peft 0.21 has the old ones."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
         yield

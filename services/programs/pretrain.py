@@ -25,13 +25,14 @@ class Pretrain(TrainingProgram):
             help="text: .txt or .jsonl, each also .gz; a file or a folder of them",
             positional=True,
             path=True,
+            plan_without=True,
         )
         arch: str = arg(
             "transformer",
             help="architecture of the model",
             choices=("rnn", "lstm", "gru", "transformer"),
         )
-        steps: int = arg(1000, help="steps of training", minimum=1)
+        steps: int = arg(1000, help="steps of training", minimum=1, shape=False)
         width: int = arg(256, help="width of the model", minimum=1)
         layers: int = arg(4, help="layers of the model", minimum=1)
         heads: int = arg(4, help="attention heads (transformer)", minimum=1)
@@ -39,7 +40,7 @@ class Pretrain(TrainingProgram):
             2048, help="tokens of the tokenizer that is trained", minimum=260, maximum=1_000_000
         )
         tokenizer: str = arg("", help="take the tokenizer of this model instead", model=True)
-        lr: float = arg(2e-3, help="highest learning rate", minimum=0)
+        lr: float = arg(2e-3, help="highest learning rate", minimum=0, shape=False)
         dropout: float = arg(0.0, help="dropout of the model", minimum=0, maximum=0.99)
 
     @classmethod

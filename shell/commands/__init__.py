@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # In the order of `help`. Programs (pretrain, finetune, gan, a plugin's) are not here: they come
 # from the manifest, through commands/program.py.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Machine": ("boot", "shutdown", "demo", "status", "mem", "top"),
+    "Machine": ("boot", "shutdown", "demo", "status", "mem", "plan", "top", "dmesg", "sim", "fsck"),
     "Inference": ("run", "chat"),
     "Processes": (
         "ps", "attach", "logs", "wait", "explain", "kill", "pause", "resume", "checkpoint",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from llmos.shell.context import Context
 from llmos.shell.follow import follow
 from llmos.shell.options import PID, Command, Option, Values
-from llmos.shell.processes import find_pid
+from llmos.shell.processes import look_up_pid
 
 
 def run(ctx: Context, values: Values) -> int:
     with ctx.client() as client:
-        process = client.process(find_pid(client, values["pid"]))
+        process = client.process(look_up_pid(client, values["pid"]))
         programs = client.programs()["programs"]
         # An engine and a service have streams too, but are nobody's program to run.
         schema = programs.get(process["program"]) or {"name": process["program"]}

@@ -6,13 +6,13 @@ import sys
 
 from llmos.shell.context import Context
 from llmos.shell.options import PID, Command, Option, Values
-from llmos.shell.processes import find_pid
+from llmos.shell.processes import look_up_pid
 from llmos.shell.render import clean_text
 
 
 def run(ctx: Context, values: Values) -> int:
     with ctx.client() as client:
-        pid = find_pid(client, values["pid"])
+        pid = look_up_pid(client, values["pid"])
         show(ctx, client.logs(pid, tail=values.get("lines", -1), follow=bool(values.get("follow"))))
     return 0
 

@@ -22,9 +22,15 @@ def run(ctx: Context, values: Values) -> int:
     if action == "ls":
         return _ls(ctx, bool(values.get("json")))
     with ctx.client() as client:
-        found = client.call(f"models.{action}", name=name)
+        if action in ("share", "unshare"):
+            found = client.call("models.share", name=name, private=action == "unshare")
+        else:
+            found = client.call(f"models.{action}", name=name)
     if values.get("json"):
         ctx.json(found)
+    elif action in ("share", "unshare"):
+        who = "every member of the group" if found["shared"] else "its user alone"
+        ctx.say(f"{name} can be read by {who}")
     elif action == "rm":
         ctx.say(f"{name} is deleted: {size(found['freed_bytes'])} freed")
     else:
@@ -67,14 +73,16 @@ def _details(m: Record) -> list[str]:
 
 COMMAND = Command(
     name="models",
-    summary="The models of this home: list, show, delete",
+    summary="The models of this home: ls, show, rm, share, unshare",
     run=run,
     options=(
-        Option("action", "what to do; default: ls", positional=True, metavar="ls|show|rm",
-               choices=("ls", "show", "rm")),
+        Option("action", "what to do; default: ls", positional=True, metavar="ACTION",
+               choices=("ls", "show", "rm", "share", "unshare")),
         Option("name", "a model", positional=True, metavar="NAME", complete="model"),
         JSON,
     ),
-    details="A model is a folder in the home's models/; a folder copied there is one too.",
-    examples=("llmos models", "llmos models show shakespeare", "llmos models rm old"),
+    details="A model is a folder in the home's models/; a folder copied there is one too. Where "
+    "a kernel serves a group a new model is its maker's alone until it is shared.",
+    examples=("llmos models", "llmos models show shakespeare", "llmos models rm old",
+              "llmos models share shakespeare"),
 )  # fmt: skip

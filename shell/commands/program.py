@@ -9,7 +9,7 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from llmos.kernel.errors import NoKernel
+from llmos.kernel.errors import BadInput, NoKernel
 from llmos.shell import commands
 from llmos.shell.context import Context
 from llmos.shell.follow import follow
@@ -24,7 +24,19 @@ COMMON = (
     Option("nice", "-20 ... 19; lower is more important", type="int", minimum=-20, maximum=19),
     Option("class", "which processes it goes before", choices=("interactive", "batch", "idle")),
     Option("device", "run on this device; default: the kernel chooses"),
-    Option("restart", "what happens when it fails", choices=("no", "on-failure", "always")),
+    Option("deadline", "be done in so long from now", type="duration", minimum=0, metavar="TIME"),
+    Option(
+        "restart",
+        "when it fails: no, on-failure, on-failure:N (times in a row), always",
+        metavar="POLICY",
+    ),
+    Option(
+        "hang_after",
+        "it hangs without a sign of life for so long; 0: never; default: 5 min",
+        type="duration",
+        minimum=0,
+        metavar="TIME",
+    ),
     Option("dry_run", "only say what it would take", type="bool"),
 )
 
@@ -34,13 +46,25 @@ def program_command(ctx: Context, name: str) -> Command:
     manifest = ctx.manifest()
     if manifest is None and name in {p.name for p in entry_points(group="llmos.programs")}:
         raise unknown_flags(ctx, name)
-    programs = manifest["programs"] if manifest else {}
-    command = program_of(name, {"programs": programs})
+    command = program_of(name, manifest or {"programs": {}})
+    if command is None:  # it may have been installed since the last boot
+        manifest = ctx.manifest(checked=True)
+        command = program_of(name, manifest or {"programs": {}})
     if command is None:
+        programs = manifest["programs"] if manifest else {}
+        _check_broken(name, manifest or {})
         verb = commands.PROGRAM_VERBS.get(name)
         hint = f"use `llmos {verb}`" if verb else unknown_hint(name, programs)
         raise Usage(f"there is no command {name!r}", hint)
     return command
+
+
+def _check_broken(name: str, manifest: dict[str, Any]) -> None:
+    """BadInput for a program that nobody could import: it is there, and it is not well."""
+    for broken in manifest.get("broken", ()):
+        if (broken["kind"], broken["name"]) == ("programs", name):
+            raise BadInput(f"the program {name} is broken: {broken['error']}",
+                           "mend it, then `llmos service reload`")  # fmt: skip
 
 
 def verb_of_program(ctx: Context, verb: Command) -> Command:
@@ -94,9 +118,10 @@ def launch(ctx: Context, program: str, values: Values) -> int:
     args = {f["name"]: values[f["name"]] for f in schema["args"] if f["name"] in values}
     options = {o.name: values[o.name] for o in COMMON if o.name in values and o.name not in args}
     if options.get("dry_run"):
-        return _dry_run(ctx, schema["name"], args, options.get("device", ""))
+        return _dry_run(ctx, schema["name"], args, options)
     detach = bool(options.get("detach"))
-    ends_with_us = schema["on_interrupt"] == "kill" and not detach and not ctx.interactive
+    stays = schema["on_interrupt"] == "detach"
+    ends_with_us = not stays and not detach and not ctx.interactive
     with ctx.client() as client:
         pid = client.submit(
             schema["name"],
@@ -106,6 +131,8 @@ def launch(ctx: Context, program: str, values: Values) -> int:
             cls=options.get("class", ""),
             device=options.get("device", ""),
             restart=options.get("restart", "no"),
+            hang_s=options.get("hang_after"),
+            deadline_s=options.get("deadline", 0.0),
             attached=ends_with_us,
         )
         if ctx.on_submit is not None:
@@ -116,17 +143,25 @@ def launch(ctx: Context, program: str, values: Values) -> int:
         return follow(ctx, client, pid, schema, stats=bool(values.get("stats")))
 
 
-def _dry_run(ctx: Context, program: str, args: dict[str, Any], device: str) -> int:
+def _dry_run(ctx: Context, program: str, args: dict[str, Any], options: dict[str, Any]) -> int:
     with ctx.client() as client:
-        plan = client.plan(program, args, device=device)
+        plan = client.plan(
+            program, args, device=options.get("device", ""), cls=options.get("class", "")
+        )
     segments = plan.get("footprint", [])
-    total = sum(int(s["bytes"]) for s in segments)
-    ctx.print(
-        f"{program} would take {size(total)} of memory on {plan.get('device') or 'a device'}:"
-    )
+    devices = str(plan.get("device") or "a device").split("+")
+    each = "" if len(devices) == 1 else "each of "
+    here = sum(s["bytes"] for s in segments)
+    ctx.print(f"{program} would take {size(here)} of memory on {each}{' and '.join(devices)}:")
     ctx.lines(f"  {s['kind']:<12} {size(s['bytes']):>7}" for s in segments)
-    shown = {"footprint", "device"}
-    ctx.lines(f"{key.replace('_', ' ')}: {v}" for key, v in plan.items() if key not in shown and v)
+    ctx.print(f"free now: {size(plan['free_bytes'])}")
+    for victim in plan.get("would_move_out", ()):
+        ctx.print(f"process {victim['pid']} ({victim['name'] or 'no name'}) would be moved out: "
+                  f"{size(victim['bytes'])}")  # fmt: skip
+    starts = plan.get("starts")
+    if starts:
+        when = f", in about {starts['in_s']:.0f} s" if starts["in_s"] else ""
+        ctx.print(f"it would start {starts['at']}{when}: {starts['why']}")
     return 0
 
 

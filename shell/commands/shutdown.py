@@ -12,7 +12,7 @@ GONE_S = 60.0
 
 
 def run(ctx: Context, values: Values) -> int:
-    with ctx.client() as client:
+    with ctx.client(auto_boot=False) as client:
         os_pid = client.status()["kernel"]["os_pid"]
         done = client.shutdown()
     wait_gone(os_pid, GONE_S)

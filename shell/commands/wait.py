@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmos.kernel.errors import LlmosError, NoSuchProcess
 from llmos.shell.context import Context
 from llmos.shell.options import JSON, PIDS, Command, Option, Values
-from llmos.shell.processes import find_pid
+from llmos.shell.processes import look_up_pid
 
 WAITING_FAILED = 125
 UNKNOWN_PID = 127
@@ -16,7 +16,7 @@ def run(ctx: Context, values: Values) -> int:
     try:
         with ctx.client() as client:
             for word in values["pids"]:
-                done = client.wait(find_pid(client, word), values.get("timeout"))
+                done = client.wait(look_up_pid(client, word), values.get("timeout"))
                 status = int(done["exit_status"])
                 ended.append(done)
     except LlmosError as exc:

@@ -55,6 +55,7 @@ def test_the_blocks_of_the_python_page_run(ran: Path, client: Client) -> None:
     assert not [p for p in client.ps() if p["role"] in ("process", "guest")], "left running"
 
 
+@pytest.mark.long
 def test_the_python_example_of_the_readme_runs(
     machine: Any,
     tmp_path: Path,
@@ -110,7 +111,8 @@ def test_the_program_of_the_guide_is_a_command(machine: Any) -> None:
 
 
 def test_the_service_of_the_guide_answers_and_keeps_what_it_was_told(client: Client) -> None:
-    client.call("glossary.define", word="lease", meaning="the right to use a device")
+    client.call("glossary.define", word="lease", meaning="the right to use a device", kind="noun")
+    assert client.call("glossary.of_models") == {}
     client.restart_service("glossary")
     assert client.call("glossary.look_up", word="lease") == "the right to use a device"
     with pytest.raises(NoSuchThing, match="not in the glossary"):

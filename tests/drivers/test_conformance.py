@@ -31,6 +31,7 @@ def test_the_simulated_driver_conforms(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_cpu_driver_conforms(home: Path) -> None:
     checked = asyncio.run(check_driver(CpuDriver([]), home, entry=SPIN))
     assert checked == [c.__name__ for c in CHECKS]

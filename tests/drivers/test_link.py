@@ -78,6 +78,24 @@ def test_a_guest_whose_end_was_not_heard_is_still_named(place: tuple[Link, Path]
         assert end.next()["k"] == "guest_done"
 
 
+def test_each_is_acknowledged_by_its_own_number_and_a_call_by_its_answer(
+    place: tuple[Link, Path],
+) -> None:
+    link, path = place
+    link.post({"k": "guest_done", "pid": 9, "status": 0}, keep=True)
+    link.post({"k": "call", "id": 4, "method": "models.ls"}, keep=True)
+    link.post({"k": "checkpointed", "step": 1}, keep=True)
+    with End(path) as end:
+        for _ in range(3):
+            end.next()
+        end.send({"k": "ack", "seq": end.next()["seq"]})
+        wait_until(lambda: link.kept() == 2, "the last to be acknowledged")
+        end.send({"k": "answer", "id": 4, "ok": None})
+        wait_until(lambda: link.kept() == 1, "the call to be answered")
+    with End(path) as end:
+        assert [end.next()["k"], end.next()["k"]] == ["hello", "guest_done"]
+
+
 def test_messages_of_the_kernel_reach_the_worker_in_order(place: tuple[Link, Path]) -> None:
     link, path = place
     with End(path) as end:

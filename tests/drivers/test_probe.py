@@ -8,26 +8,11 @@ import sys
 
 import pytest
 
-from llmos.drivers.cpu import probe, procfs
+from llmos.drivers.cpu import cgroup, probe, procfs
 from llmos.drivers.sim.driver import SimDriver
 from llmos.kernel.errors import BadArgument
 
 CORE = min(os.sched_getaffinity(0))
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("8GiB", 8 * 2**30), ("500MB", 500_000_000), ("1073741824", 2**30), ("1.5g", 1_500_000_000),
-     ("64 KiB", 65536), ("2t", 2 * 10**12), ("0", 0)],
-)  # fmt: skip
-def test_sizes_are_read_as_people_write_them(text: str, nbytes: int) -> None:
-    assert probe.parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "8XB", "eight", "1e9", "8GiB!"])
-def test_what_is_no_size_is_said(text: str) -> None:
-    with pytest.raises(BadArgument, match="is not a size"):
-        probe.parse_bytes(text)
 
 
 @pytest.mark.parametrize(
@@ -47,11 +32,11 @@ def test_without_a_configuration_there_is_one_device_of_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (device,) = probe.find([])
-    total, available, _ = probe.memory_bytes()
+    memory = cgroup.read()
     assert device.info.name == "cpu0"
     assert device.info.lanes == len(os.sched_getaffinity(0)) == len(device.cores)
-    assert device.info.capacity_bytes == total
-    assert 0 < available <= total
+    assert device.info.capacity_bytes == memory.total_bytes
+    assert 0 < memory.available_bytes <= memory.total_bytes
 
 
 def test_a_device_is_what_its_line_says() -> None:

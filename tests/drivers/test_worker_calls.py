@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llmos.drivers.base import WorkerSpec
-from llmos.drivers.cpu.driver import CpuDriver, _Worker
+from llmos.drivers.cpu.driver import CpuDriver
+from llmos.drivers.forked import ForkedWorker
 from llmos.drivers.worker.main import CALL_PIECE_S, CALL_S, Worker
 from llmos.kernel.errors import TimedOut
 
@@ -58,7 +59,7 @@ def test_a_call_is_not_acknowledged_before_its_answer(tmp_path: Path) -> None:
     sent: list[dict[str, Any]] = []
     driver._tell = told.append
     driver.send = lambda _, message: sent.append(message)  # type: ignore[method-assign,assignment]
-    worker = _Worker(WorkerSpec("w1-1", "cpu0", tmp_path, tmp_path / "log", tmp_path), "")
+    worker = ForkedWorker(WorkerSpec("w1-1", "cpu0", tmp_path, tmp_path / "log", tmp_path), "")
     driver._said(worker, {"k": "loaded", "seq": 1})
     driver._said(worker, {"k": "call", "id": 1, "method": "a.b", "args": {}, "seq": 2})
     assert len(told) == 2

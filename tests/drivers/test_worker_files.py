@@ -117,3 +117,41 @@ def test_a_stream_with_garbage_at_its_end_keeps_what_is_whole(tmp_path: Path) ->
         again = Stream(path)
         again.close()
         assert path.stat().st_size == good, tail
+
+
+def test_records_wait_in_their_order_for_a_disk_that_takes_nothing(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "work"
+    in_the_way.write_text("no folder can be made here")
+    stream = Stream(in_the_way / "stream")
+    for n in range(5):
+        stream.append("text", {"n": n})
+    assert stream.behind
+    assert not stream.flush()
+    assert stream.trouble
+    in_the_way.unlink()
+    stream.append("text", {"n": 5})
+    assert not stream.behind
+    _, records = whole_records(tmp_path / "work" / "stream")
+    assert [r["n"] for r in records] == list(range(6))
+    stream.close()
+
+
+def test_when_too_much_waits_progress_is_dropped_and_said_and_text_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmos.drivers.worker.stream.WAITING_BYTES", 10_000)
+    in_the_way = tmp_path / "work"
+    in_the_way.write_text("")
+    stream = Stream(in_the_way / "stream")
+    for n in range(300):
+        stream.append("progress", {"n": n, "x": "x" * 50})
+        stream.append("text", {"n": n})
+    in_the_way.unlink()
+    assert stream.flush()
+    _, records = whole_records(tmp_path / "work" / "stream")
+    kept = [r["n"] for r in records if r["kind"] == "progress"]
+    assert [r["n"] for r in records if r["kind"] == "text"] == list(range(300))
+    assert kept == list(range(300 - len(kept), 300)), "the oldest go first"
+    (note,) = [r["text"] for r in records if r["kind"] == "note"]
+    assert note.startswith(f"{300 - len(kept)} reports")
+    stream.close()

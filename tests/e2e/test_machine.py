@@ -51,6 +51,7 @@ def test_the_same_seed_gives_the_same_text(llmos: Machine) -> None:
     assert llmos.ok(*words, "5") == llmos.ok(*words, "5")
 
 
+@pytest.mark.long
 def test_a_training_that_was_preempted_ends_with_the_same_bits(llmos: Machine) -> None:
     undisturbed = llmos.pretrain("calm", 1000)
     llmos.ok("wait", str(undisturbed))
@@ -93,6 +94,7 @@ def test_a_model_is_fine_tuned_on_answers(llmos: Machine, method: str) -> None:
     assert llmos("run", f"ft-{method}", "Who is 3?", "--max-tokens", "4").returncode == 0
 
 
+@pytest.mark.long
 def test_shutdown_and_boot_go_on_to_the_same_bits(fresh: Machine) -> None:
     fresh.ok("boot")
     fresh.ok("wait", str(fresh.pretrain("straight", 1000)))
@@ -157,6 +159,7 @@ def wrong(llmos: Machine, *words: str) -> str:
     return done.stderr
 
 
+@pytest.mark.long
 def test_wrong_inputs(llmos: Machine) -> None:
     folder = llmos.text.parent
     (folder / "empty.txt").write_text("")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llmos.kernel import protocol as p
 from llmos.kernel.config import Config, check, drivers_of
-from llmos.kernel.errors import BadArgument, Busy, HomeUnusable, NoSuchThing, ServiceFailed
+from llmos.kernel.errors import Busy, HomeUnusable, NoSuchThing, ServiceFailed
 from llmos.kernel.home import LONGEST_INSIDE, SOCKET_PATH_BYTES, Home
 from llmos.kernel.process import Residency, State
-from support.live import Live, short_home
+from support.live import Live, short_home, wait_until
 
 
 def test_shutdown_then_boot_goes_on_with_what_was_not_paused(fresh: Live) -> None:
@@ -108,6 +108,7 @@ def test_the_table_outlives_a_crash_of_the_kernel(fresh: Live) -> None:
 def test_a_pid_whose_process_was_never_saved_is_not_given_again(fresh: Live) -> None:
     async def go() -> None:
         await fresh.boot()
+        await fresh.wait(await fresh.guest(max_tokens=1))  # its engine is up
         pid = await fresh.guest(max_tokens=100_000, attached=True)
         await fresh.until(pid, lambda q: q.progress.get("step", 0) >= 1)
         await fresh.crash()
@@ -177,24 +178,53 @@ def test_a_journal_that_cannot_be_written_is_said_and_reads_go_on(fresh: Live) -
     async def go() -> None:
         await fresh.boot()
         await fresh.ask(p.Programs())
-        real = fresh.kernel.journal._commit
+        journal = fresh.kernel.journal
+        real = journal._write_rows
 
-        def broken(db: Any, batch: Any) -> None:
-            db.execute("PRAGMA query_only=ON")
-            try:
-                real(db, batch)
-            finally:
-                db.execute("PRAGMA query_only=OFF")
+        def broken() -> None:
+            journal._connected().execute("PRAGMA query_only=ON")
+            real()
 
-        fresh.kernel.journal._commit = broken  # type: ignore[method-assign]
+        journal._write_rows = broken  # type: ignore[method-assign]
+        seen = len(await fresh.ask(p.Ps()))
         with pytest.raises(HomeUnusable, match="journal cannot be written"):
+            await fresh.spin(steps=1000)
+        with pytest.raises(HomeUnusable, match="no new work is taken"):
             await fresh.spin(steps=1000)
         assert (await fresh.ask(p.Status()))["journal"]["error"]
         assert len(await fresh.ask(p.Ps())) >= 1
-        del fresh.kernel.journal._commit
+        assert len(await fresh.ask(p.Ps())) == seen, "what was not acknowledged is there"
+        del journal._write_rows
+        await wait_until(lambda: not journal.failed)
         pid = await fresh.spin(steps=1)
         assert (await fresh.wait(pid))["exit_status"] == 0
         assert (await fresh.ask(p.Status()))["journal"]["error"] is None
+        await fresh.down()
+
+    fresh.run(go())
+
+
+def test_input_for_a_detached_guest_outlives_a_crash_and_an_attached_one_is_not_journaled(
+    fresh: Live,
+) -> None:
+    async def go() -> None:
+        await fresh.boot()
+        await fresh.ask(p.Programs())
+        kept = await fresh.guest(max_tokens=100_000)
+        await fresh.until(kept, lambda q: q.progress.get("step", 0) >= 1)  # its engine is up
+        mine = await fresh.guest(max_tokens=100_000, attached=True)
+        for pid in (kept, mine):
+            await fresh.ask(p.Send(pid, {"prompt": "and then?"}))
+        db = sqlite3.connect(fresh.path / "journal.db")
+        journaled = {pid for (pid,) in db.execute("SELECT pid FROM process")}
+        db.close()
+        assert journaled & {kept, mine} == {kept}
+        await fresh.crash()
+        await fresh.boot()
+        assert [i["message"] for i in fresh.proc(kept).inputs] == [{"prompt": "and then?"}]
+        given = fresh.kernel.core.m.early_input
+        await wait_until(lambda: kept not in given)  # the new engine has it
+        await fresh.ask(p.Kill(kept, 9))
         await fresh.down()
 
     fresh.run(go())
@@ -244,6 +274,14 @@ def test_a_boot_that_cannot_be_says_so_in_one_line(what: str, tmp_path: Path) ->
     assert not (tmp_path / "h" / "kernel.sock").exists()
 
 
+def test_a_kernel_with_a_wrong_configuration_file_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("batch_share = 0.1\nslice = 3\n")
+    ended = kernel_process(tmp_path, "--device", "sim0")
+    assert ended.returncode == 1
+    assert ended.stderr == ("llmos: config.toml: 'slice' is not known (did you mean slice_s?)\n")
+    assert not (tmp_path / "kernel.sock").exists()
+
+
 def test_a_home_whose_path_is_too_long_is_refused() -> None:
     most = SOCKET_PATH_BYTES - LONGEST_INSIDE
     with pytest.raises(HomeUnusable, match="too long"):
@@ -281,7 +319,7 @@ def test_a_damaged_journal_is_said_in_one_line() -> None:
 
 
 def test_configurations_are_checked() -> None:
-    with pytest.raises(BadArgument):
+    with pytest.raises(NoSuchThing, match="no policy 'lottery'"):
         check(Config(Path("/x"), policy="lottery"))
     with pytest.raises(NoSuchThing):
         drivers_of(Config(Path("/x"), ("gpu0",)))

@@ -17,6 +17,7 @@ from llmos.kernel.errors import (
     NoMemory,
     NoSuchProcess,
     NoSuchThing,
+    NotAllowed,
     TimedOut,
 )
 from llmos.kernel.process import State
@@ -82,7 +83,8 @@ async def test_the_books_of_memory_add_up(live: Live) -> None:
 async def test_pause_answers_when_the_device_is_free_and_resume_goes_on(live: Live) -> None:
     pid = await live.spin(steps=60, busy_ms=5)
     await live.until(pid, lambda proc: proc.progress.get("step", 0) >= 2)
-    assert await live.ask(p.Pause(pid)) == {"pid": pid, "state": "paused"}
+    answer = await live.ask(p.Pause(pid))
+    assert (answer["pid"], answer["state"], answer["freed_bytes"]) == (pid, "paused", 0)
     assert live.kernel.core.m.devices["sim0"].lease is None
     step = live.proc(pid).progress["step"]
     other = await live.spin(steps=5)
@@ -126,11 +128,71 @@ async def test_a_process_can_be_killed_in_the_moment_it_was_submitted(live: Live
 @in_kernel
 async def test_renice_changes_who_goes_first(live: Live) -> None:
     a, b = await live.spin(steps=100_000, busy_ms=1), await live.spin(steps=100_000, busy_ms=1)
-    assert await live.ask(p.Renice(b, -20)) == {"pid": b, "nice": -20}
+    answer = await live.ask(p.Renice(b, -20))
+    assert answer == {"pid": b, "nice": -20, "class": "batch", "deadline_at": None}
     await live.until(b, lambda proc: proc.device_seconds > 0.7)
     assert live.proc(a).device_seconds < live.proc(b).device_seconds
     with pytest.raises(BadArgument, match="-20 to 19"):
         await live.ask(p.Renice(a, 20))
+    with pytest.raises(BadArgument, match="class is one of"):
+        await live.ask(p.Renice(a, cls="urgent"))
+    for wrong in (-5.0, float("inf")):
+        with pytest.raises(BadArgument, match="a deadline is a time from now on"):
+            await live.ask(p.Renice(a, deadline_s=wrong))
+    assert live.proc(a).deadline_at is None
+
+
+@in_kernel
+async def test_a_class_changes_while_both_run(live: Live) -> None:
+    a, b = await live.spin(steps=100_000, busy_ms=1), await live.spin(steps=100_000, busy_ms=1)
+    await live.ask(p.Renice(b, cls="interactive"))
+    await live.until(b, lambda proc: proc.state == "running")
+    used = live.proc(a).device_seconds
+    await live.until(b, lambda proc: proc.device_seconds > 0.6)
+    assert live.proc(a).device_seconds == pytest.approx(used, abs=0.05)
+
+
+@in_kernel
+async def test_a_deadline_that_cannot_wait_goes_first(live: Live) -> None:
+    a, b = await live.spin(steps=100_000, busy_ms=1), await live.spin(steps=1000, busy_ms=1)
+    answer = await live.ask(p.Renice(b, deadline_s=5.0))
+    assert answer["deadline_at"] == pytest.approx(live.kernel.now() + 5.0, abs=0.5)
+    used = live.proc(a).device_seconds
+    await live.until(b, lambda proc: proc.device_seconds > 0.7)
+    assert live.proc(a).device_seconds == pytest.approx(used, abs=0.2)
+    advice = (await live.ask(p.Explain(b)))["advice"]
+    assert any("its deadline is in" in line for line in advice)
+
+
+@in_kernel
+async def test_release_gives_memory_back_and_says_how_much(live: Live) -> None:
+    pid = await live.spin(steps=100_000, busy_ms=1, memory_bytes=300 * MIB)
+    await live.until(pid, lambda proc: proc.progress.get("step", 0) >= 2)
+    await live.kernel.measure()
+    free = live.kernel.core.m.ledger.free("sim0")
+    answer = await live.ask(p.Pause(pid, release=True))
+    assert answer["state"] == "paused"
+    assert answer["freed_bytes"] == 300 * MIB
+    assert answer["seconds"] >= 0
+    assert live.kernel.core.m.ledger.free("sim0") >= free + 300 * MIB
+    step = live.proc(pid).checkpoint["step"]
+    await live.ask(p.Resume(pid))
+    await live.until(pid, lambda proc: proc.progress.get("step", 0) > step)
+
+
+@in_kernel
+async def test_a_dry_run_says_who_would_go_and_when(live: Live) -> None:
+    first = await live.spin(steps=100_000, busy_ms=1, memory_bytes=700 * MIB)
+    await live.until(first, lambda proc: proc.progress.get("step", 0) >= 2)
+    told = await live.ask(p.Submit("spin", {"memory_bytes": 100 * MIB}, dry_run=True))
+    assert (told["fits_now"], told["starts"]["at"], told["would_move_out"]) == (True, "now", [])
+    told = await live.ask(
+        p.Submit("spin", {"memory_bytes": 700 * MIB}, cls="interactive", dry_run=True)
+    )
+    assert [v["pid"] for v in told["would_move_out"]] == [first]
+    assert told["starts"]["at"] == "soon"
+    told = await live.ask(p.Submit("spin", {"memory_bytes": 700 * MIB}, dry_run=True))
+    assert told["starts"]["at"] == "when memory is free"
 
 
 @in_kernel
@@ -149,7 +211,7 @@ async def test_explain_tells_the_whole_story_and_what_would_help(live: Live) -> 
     told = await live.ask(p.Explain(second))
     assert told["reason"] == "memory"
     assert told["queue_place"] == 0
-    assert any(f"llmos kill {first}" in line for line in told["advice"])
+    assert any(f"llmos pause --release {first}" in line for line in told["advice"])
     assert [line["what"] for line in told["story"]][:2] == ["planning", "waiting"]
     await live.ask(p.Kill(first))
     await live.wait(second)
@@ -157,7 +219,7 @@ async def test_explain_tells_the_whole_story_and_what_would_help(live: Live) -> 
 
 @in_kernel
 async def test_events_are_numbered_and_can_be_followed(live: Live) -> None:
-    since = live.kernel.record_seq
+    since = live.kernel.dmesg.seq
     pid = await live.spin(steps=2)
     await live.wait(pid)
     found = await live.ask(p.Events(since))
@@ -203,7 +265,7 @@ WRONG: list[tuple[p.Request, type[LlmosError], str]] = [
     (p.Submit("spin", {"exit_status": 256}), BadArgument, "--exit-status is at most 255"),
     (p.Submit("spin", nice=20), BadArgument, "nice is -20 to 19"),
     (p.Submit("spin", cls="urgent"), BadArgument, "class is one of"),
-    (p.Submit("spin", restart="maybe"), BadArgument, "restart is one of"),
+    (p.Submit("spin", restart="maybe"), BadArgument, "restart is no, on-failure"),
     (p.Submit("spin", device="cuda0"), NoSuchThing, "no device 'cuda0'"),
     (p.Submit("spin", env={"A": NOT_TEXT}), BadArgument, "env"),
     (p.Submit("spin", {"memory_bytes": 2 * 1024 * MIB}), NoMemory, "sim0 has"),
@@ -224,7 +286,13 @@ WRONG: list[tuple[p.Request, type[LlmosError], str]] = [
     (p.Send(99_999, {}), NoSuchProcess, "no process 99999"),
     (p.Call("nobody.there"), NoSuchThing, "no service 'nobody'"),
     (p.Call("models.nothing"), NoSuchThing, "no call 'nothing'"),
-    (p.Services("stop", "models"), BadArgument, "action is ls or restart"),
+    (p.Services("freeze", "models"), BadArgument, "action is one of ls, reload, start, stop"),
+    (p.Services("stop", "models"), NotAllowed, "cannot be stopped"),
+    (p.Call("models.shw", {"name": "toy"}), NoSuchThing, "no call 'shw'"),
+    (p.Call("models.show"), BadArgument, "models.show needs name"),
+    (p.Call("models.show", {"name": 3}), BadArgument, "models.show: name is text, not 3"),
+    (p.Call("models.show", {"nme": "toy"}), BadArgument, "models.show has no argument 'nme'"),
+    (p.Call("models.ls", {}, -1.0), BadArgument, "models.ls: the limit of a call is a time"),
     (p.Services("restart", "modles"), NoSuchThing, "no service 'modles'"),
 ]
 
@@ -271,7 +339,7 @@ async def test_a_plan_that_fails_is_the_answer_and_nothing_stays(live: Live) -> 
         watching = [live.talk.begin(p.Wait(pid)), live.talk.begin(p.Attach(pid))]
         await wait_until(lambda: any(len(c._tasks) == 3 for c in live.kernel.clients))
         error = BadInput("the file is empty", "give another").to_wire()
-        live.kernel.planned(seen[0], None, error)
+        live.kernel.planner.planned(seen[0], None, error)
         with pytest.raises(BadInput, match="the file is empty"):
             await live.talk.answer(asked)
         for number in watching:
@@ -289,6 +357,8 @@ async def test_an_attached_process_ends_with_its_client(live: Live) -> None:
         pid = (await talk.ask(p.Submit("spin", {"steps": 100_000}, attached=True)))["pid"]
         stays = (await talk.ask(p.Submit("spin", {"steps": 100_000})))["pid"]
         await live.until_state(pid, State.RUNNING, State.READY)
+        talk.send({"id": 0, "bye": True})
+        await talk.writer.drain()
     assert (await live.wait(pid))["exit_status"] == 129
     assert live.proc(stays).live
 
@@ -302,9 +372,10 @@ async def test_a_client_that_goes_while_its_process_is_planned_leaves_no_trouble
     driver.plan = lambda *order: held.append(order)  # type: ignore[method-assign]
     try:
         async with await live.other() as talk:
-            talk.begin(p.Submit("spin", {"steps": 100_000}, attached=True))
-            talk.begin(p.Submit("spin", {"steps": 3}))
+            talk.begin(p.Submit("spin", {"steps": 100_000, "memory_bytes": 11}, attached=True))
+            talk.begin(p.Submit("spin", {"steps": 3, "memory_bytes": 12}))
             await wait_until(lambda: len(held) == 2)
+            talk.send({"id": 0, "bye": True})
         gone, stays = sorted(
             q.pid for q in live.kernel.core.m.procs.values() if q.state == "planning"
         )

@@ -6,6 +6,8 @@ import pytest
 
 from llmos.kernel import events as ev
 from llmos.kernel.errors import BadArgument, IllegalMove, NoMemory, NoSuchProcess
+from llmos.kernel.policies.base import Job, Place
+from llmos.kernel.policies.fifo import Fifo
 from llmos.kernel.process import Class, Process, Residency, State
 from support.toy import Toy
 
@@ -44,7 +46,7 @@ def test_a_process_waits_for_memory_until_it_is_really_free() -> None:
 
 
 def test_a_smaller_process_passes_one_that_does_not_fit_but_not_for_ever() -> None:
-    toy = Toy(capacity=150)
+    toy = Toy(capacity=150, policy=Fifo(), passing_s=60.0)
     toy.submit(steps=10_000)
     large = toy.submit(nbytes=100)
     small = toy.submit(nbytes=10, steps=1)
@@ -185,8 +187,9 @@ def test_on_failure_restarts_with_growing_pauses() -> None:
         toy.run(0.5)
         toy.die(pid, 137)
         assert toy.state(pid) is State.BACKOFF
-        pauses.append(round((toy.proc(pid).next_start_at or 0) - toy.now))
-        toy.run(pauses[-1] + 0.1)
+        pause = (toy.proc(pid).next_start_at or 0) - toy.now
+        pauses.append(int(pause))
+        toy.run(pause + 0.1)
         assert toy.state(pid) in (State.STARTING, State.READY, State.RUNNING)
     assert pauses == [1, 2, 4]
 
@@ -228,7 +231,7 @@ def test_the_measured_peak_replaces_the_promise() -> None:
 
 
 def test_who_waits_too_long_for_one_device_does_not_close_another() -> None:
-    toy = Toy(capacity=150, devices=2)
+    toy = Toy(capacity=150, devices=2, passing_s=60.0)
     toy.submit(steps=100_000, device_wanted="sim1")
     toy.submit(nbytes=100, device_wanted="sim1")
     toy.run(61)
@@ -252,3 +255,53 @@ def test_a_process_whose_device_went_with_an_earlier_kernel_waits_alone() -> Non
     assert (lost.state, lost.reason) == (State.WAITING, "device")
     assert (too_large.state, too_large.reason) == (State.WAITING, "memory")
     assert fits.state is State.STARTING, "neither can ever start: nobody waits behind them"
+
+
+def test_steps_are_timed_without_the_load_and_counted_from_the_checkpoint() -> None:
+    toy = Toy()
+    pid = toy.submit(steps=1000, step_s=0.1)
+    toy.run(5)
+    assert toy.core.m.workers[toy.worker(pid)].step_s == pytest.approx(0.1, rel=0.01)
+    assert toy.proc(pid).predicted_s == pytest.approx(95, rel=0.02)
+    toy.do(ev.PauseAsked(pid, release=True))
+    toy.run(1)
+    toy.do(ev.ResumeAsked(pid))
+    toy.run(3)
+    assert toy.core.m.workers[toy.worker(pid)].step_s == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_deadline_sets_few_alarms() -> None:
+    toy = Toy()
+    pid = toy.submit(steps=100_000, step_s=0.01)
+    toy.run(0.5)
+    toy.do(ev.ReniceAsked(pid, deadline_at=toy.now + 1e5))
+    toy.run(20)
+    assert len(toy.core.m.alarms) < 50
+
+
+def test_turns_do_not_fill_the_story() -> None:
+    toy = Toy()
+    a, _ = toy.submit(steps=10_000), toy.submit(steps=10_000)
+    toy.run(60)
+    told = [what for _, what, _ in toy.proc(a).story]
+    assert told == ["planning", "waiting", "starting", "ready", "running", "loaded"]
+    toy.submit(steps=5, cls=Class.INTERACTIVE)
+    toy.run(5)
+    assert "preempted" in [w for p in (1, 2) for _, w, _ in toy.proc(p).story]
+
+
+def test_when_a_policy_breaks_those_that_wait_stand_in_the_order_of_the_default() -> None:
+    class Backwards(Fifo):
+        def place(self, job: Job) -> Place:
+            if job.attained_s or len(toy.core.m.waiting) >= 3:
+                raise RuntimeError("no more")
+            return (-job.submitted_at,)
+
+    toy = Toy(capacity=100, policy=Backwards())
+    toy.submit(steps=10_000)
+    pids = []
+    for _ in range(4):
+        toy.run(1)
+        pids.append(toy.submit(steps=10))
+    assert [r.what for r in toy.records if r.what == "policy-failed"] == ["policy-failed"]
+    assert list(toy.core.m.waiting) == pids, "not the newest first, as it was"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmos.kernel.eevdf import RunQueue
+from llmos.kernel.policies.runqueue import RunQueue
 from llmos.kernel.process import NICE_WEIGHTS, weight_of
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llmos.kernel import events as ev
+from llmos.kernel import guests
+from llmos.kernel.errors import Busy, IllegalMove
 from llmos.kernel.process import Class, State
 from support.toy import Toy
 
@@ -96,6 +98,38 @@ def test_an_idle_engine_leaves_after_keep_alive() -> None:
     assert toy.proc(again).exit_status == 0
 
 
+def test_an_engine_whose_guest_is_killed_while_it_is_held_in_its_loading_leaves_too() -> None:
+    toy = Toy()
+    urgent = toy.submit(steps=1, nbytes=10, cls=Class.INTERACTIVE)
+    toy.do(ev.PauseAsked(urgent))
+    guest = toy.submit_guest(cls=Class.BATCH)
+    toy.run(0.015)
+    assert not toy.core.m.workers[toy.worker(guest - 1)].loaded
+    toy.do(ev.ResumeAsked(urgent))
+    toy.do(ev.KillAsked(guest, 15))
+    toy.run(0.005)
+    engine = toy.proc(guest - 1)
+    assert (engine.state, engine.reason) == (State.WAITING, "idle")
+    toy.run(20)
+    assert engine.exit_status == 0
+
+
+def test_the_memory_of_an_idle_engine_is_released_by_hand_and_that_of_one_in_use_is_not() -> None:
+    toy = Toy()
+    guest = toy.submit_guest(tokens=30)
+    toy.run(0.1)
+    with pytest.raises(IllegalMove, match="is an engine"):
+        toy.do(ev.PauseAsked(1, release=True))
+    toy.run(5)
+    assert toy.proc(guest).exit_status == 0
+    with pytest.raises(IllegalMove, match="is an engine"):
+        toy.do(ev.PauseAsked(1))
+    toy.do(ev.PauseAsked(1, release=True))
+    toy.run(1)
+    assert not toy.proc(1).live
+    assert toy.core.m.ledger.promised("sim0") == 0
+
+
 def test_an_idle_engine_makes_room_for_a_training() -> None:
     toy = Toy(capacity=250)
     toy.submit_guest(tokens=3)
@@ -105,18 +139,6 @@ def test_an_idle_engine_makes_room_for_a_training() -> None:
     assert toy.proc(1).exit_status == 0
     assert "makes room" in toy.proc(1).reason
     assert toy.proc(training).exit_status == 0
-
-
-def test_an_engine_that_dies_ends_its_guests_with_a_reason() -> None:
-    toy = Toy()
-    guest = toy.submit_guest(tokens=1000)
-    toy.run(0.5)
-    toy.die(1, 137)
-    assert toy.proc(guest).exit_status == 1
-    assert "SIGKILL" in toy.proc(guest).reason
-    again = toy.submit_guest(tokens=3)
-    toy.run(1)
-    assert toy.proc(again).exit_status == 0
 
 
 def test_a_paused_guest_keeps_its_place_and_goes_on() -> None:
@@ -191,3 +213,44 @@ def test_what_the_last_step_cost_a_guest_is_saved_too() -> None:
     orders = toy.do(ev.Reported(worker, 1, None, {}, {guest: 1.0}))
     assert toy.proc(guest).device_seconds > before
     assert ev.Save(guest) in orders
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("up", [False, True])
+def test_what_waits_for_a_guest_is_bounded_in_number(attached: bool, up: bool) -> None:
+    toy = Toy()
+    chat = toy.submit_guest(turns=True, tokens=3)
+    toy.proc(chat).attached = attached
+    toy.run(0.2)
+    if not up:
+        toy.die(toy.proc(chat).engine_pid, 139)
+    for n in range(guests.MOST_INPUTS):
+        toy.do(ev.InputGiven(chat, {"prompt": "x"}, f"k{n}"))
+    for _ in range(5):
+        toy.do(ev.InputGiven(chat, {"prompt": "x"}, "k7"))  # a client that sends it once more
+        with pytest.raises(Busy, match="1,000 inputs"):
+            toy.do(ev.InputGiven(chat, {"prompt": "x"}, "more"))
+    engine = toy.core.m.engine_of(toy.proc(chat))
+    assert engine is not None
+    worker = toy.core.m.worker_of(engine)
+    waiting = toy.core.m.early_input.get(chat, []) if worker is None else worker.unread
+    assert len(waiting) == guests.MOST_INPUTS
+    assert len(toy.proc(chat).inputs) == (0 if attached else guests.MOST_INPUTS)
+    toy.run(30)  # all are answered
+    assert toy.proc(chat).reason == "input"
+    toy.do(ev.InputGiven(chat, {"prompt": "x"}, "more"))
+    toy.do(ev.KillAsked(chat, 9))
+    assert chat not in toy.core.m.input_bytes
+
+
+def test_what_waits_for_a_guest_is_bounded_in_bytes_also_by_a_kernel_that_comes_later() -> None:
+    toy = Toy()
+    chat = toy.submit_guest(turns=True, tokens=3)
+    half = {"prompt": "x" * (guests.MOST_INPUT_BYTES // 2)}
+    toy.do(ev.InputGiven(chat, half, "a"))
+    for _ in range(2):
+        with pytest.raises(Busy, match="16 MiB"):
+            toy.do(ev.InputGiven(chat, half, "b"))
+        toy.core.m.input_bytes.clear()
+    toy.do(ev.InputGiven(chat, {"prompt": "x"}, "c"))
+    assert [held["key"] for held in toy.proc(chat).inputs] == ["a", "c"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sqlite3
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,13 @@ from typing import Any
 import msgpack
 import pytest
 
+from llmos.kernel import protocol as p
 from llmos.kernel.errors import HomeUnusable
-from llmos.kernel.journal import KEEP_S, Journal, pack_row, unpack_row
+from llmos.kernel.journal import Journal
 from llmos.kernel.process import Class, Memory, Process, Residency, Role, State
+from llmos.kernel.rows import _ALLOWED as ALLOWED
+from llmos.kernel.rows import pack_row, unpack_row
+from support.live import Live, wait_until
 
 
 def process(pid: int = 7, submitted_at: float = 5.0, **more: Any) -> Process:
@@ -162,19 +165,6 @@ def test_a_row_is_what_the_process_was() -> None:
     assert worker == {"a": 1}
 
 
-def test_processes_that_ended_long_ago_are_forgotten(tmp_path: Path) -> None:
-    now = time.time()
-
-    async def work(journal: Journal) -> None:
-        for pid, age in ((1, KEEP_S + 3600), (2, 3600.0)):
-            journal.save(process(pid, state=State.EXITED, exit_status=0, ended_at=now - age), {})
-        journal.save(process(3, submitted_at=now - 2 * KEEP_S), {})
-
-    with_journal(tmp_path, work)
-    rows(tmp_path)
-    assert [p.pid for p, _ in rows(tmp_path)] == [2, 3]
-
-
 def test_a_disk_that_is_full_is_said_and_what_was_lost_is_written_when_there_is_room(
     tmp_path: Path,
 ) -> None:
@@ -183,22 +173,24 @@ def test_a_disk_that_is_full_is_said_and_what_was_lost_is_written_when_there_is_
         journal.open()
         journal.save(process(1), {})
         await journal.flushed()
-        real = journal._commit
+        real = journal._write_rows
 
-        def full(db: sqlite3.Connection, batch: Any) -> None:
+        def full() -> None:
+            db = journal._connected()
             (pages,) = db.execute("PRAGMA page_count").fetchone()
             db.execute(f"PRAGMA max_page_count={pages}")
-            try:
-                real(db, batch)
-            finally:
-                db.execute("PRAGMA max_page_count=1000000")
+            real()
 
-        journal._commit = full  # type: ignore[method-assign]
+        journal._write_rows = full  # type: ignore[method-assign]
         journal.save(process(2, name="x" * 100_000), {})
         with pytest.raises(HomeUnusable, match="full"):
             await journal.flushed()
         assert "full" in journal.failed
-        journal._commit = real  # type: ignore[method-assign]
+        told: list[str] = []
+        journal.on_change = lambda: told.append(journal.failed)
+        journal._write_rows = real  # type: ignore[method-assign]
+        await wait_until(lambda: told != [])  # by itself: nobody has asked for anything
+        assert told == [""]
         journal.save(process(3), {})
         await journal.flushed()
         assert journal.failed == ""
@@ -212,3 +204,116 @@ def test_a_file_that_is_no_journal_is_said(tmp_path: Path) -> None:
     (tmp_path / "journal.db").write_bytes(b"no database at all, whatever it is called" * 50)
     with pytest.raises(HomeUnusable, match="cannot be used"):
         Journal(tmp_path / "journal.db").open()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "deleted", "replaced"])
+def test_a_file_that_breaks_under_a_kernel_is_written_anew_from_its_table(
+    tmp_path: Path, harm: str
+) -> None:
+    path = tmp_path / "journal.db"
+
+    async def go() -> None:
+        journal = Journal(path)
+        journal.open()
+        table = [process(pid) for pid in (1, 2)]
+        journal.on_lost = lambda: journal.write_anew([(proc, {}) for proc in table])
+        for proc in table:
+            journal.save(proc, {})
+        await journal.flushed()
+        if harm == "damaged":
+            journal._disconnect()  # or its own cache would hide the damage
+            path.with_name("journal.db-wal").unlink(missing_ok=True)
+            path.write_bytes(b"x" * 8192)
+        elif harm == "deleted":
+            path.unlink()
+        else:
+            path.unlink()
+            sqlite3.connect(path).close()
+            path.write_bytes(b"")
+        journal.save(process(3), {})
+        table.append(process(3))
+        with pytest.raises(HomeUnusable):
+            await journal.flushed()
+        await wait_until(lambda: journal.failed == "")
+        journal.save(process(4), {})
+        await journal.flushed()
+        journal.close()
+
+    asyncio.run(go())
+    assert [p.pid for p, _ in rows(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("size", [None, 0])
+def test_a_lost_journal_is_not_made_anew_over_everybodys_checkpoints(
+    tmp_path: Path, size: int | None
+) -> None:
+    (tmp_path / "procs" / "7" / "checkpoints" / "step-000000010").mkdir(parents=True)
+    if size is not None:
+        (tmp_path / "journal.db").touch()
+    with pytest.raises(HomeUnusable, match="1 processes have left checkpoints"):
+        Journal(tmp_path / "journal.db").open()
+    assert (tmp_path / "procs" / "7" / "checkpoints" / "step-000000010").is_dir()
+
+
+def test_every_field_may_be_what_its_annotation_says() -> None:
+    proc = Process(1, "exec", {}, "u", 0, 1.0, hang_s=0.0, deadline_at=5, predicted_s=2.5)
+    proc.checkpoint = {"step": 3}
+    back, _ = unpack_row(pack_row(proc, {}))
+    assert back == proc
+    for f in dataclasses.fields(Process):
+        assert isinstance(getattr(proc, f.name), ALLOWED[f.name]), f.name
+
+
+@pytest.fixture
+def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that takes rows of 1 MB, in place of SQLite's 1 GB."""
+    connect = sqlite3.connect
+
+    def small(*args: Any, **options: Any) -> sqlite3.Connection:
+        db = connect(*args, **options)
+        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1_000_000)
+        return db
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_a_row_that_no_database_takes_does_not_keep_the_others_out(tmp_path: Path) -> None:
+    large = process(1, name="x" * 2_000_000)
+    refused: list[tuple[int, str]] = []
+
+    async def work(journal: Journal) -> None:
+        journal.on_refused = lambda pid, why: refused.append((pid, why))
+        journal.save(process(1), {})
+        await journal.flushed()
+        for pid in (2, 3):
+            journal.save(large, {})
+            journal.save(process(pid), {})
+            await journal.flushed()
+            assert not journal.failed
+        journal.write_anew([(large, {}), *((process(pid), {}) for pid in (2, 3, 4))])
+        await journal.flushed()
+        await wait_until(lambda: len(refused) == 3)
+
+    with_journal(tmp_path, work)
+    assert {pid for pid, _ in refused} == {1}
+    assert refused[0][1].startswith("string or blob too big")
+    assert [proc.pid for proc, _ in rows(tmp_path)] == [2, 3, 4]
+
+
+@pytest.mark.usefixtures("small_rows")
+def test_a_process_whose_row_cannot_be_written_ends_and_others_are_taken(fresh: Live) -> None:
+    async def go() -> None:
+        await fresh.boot()
+        await fresh.ask(p.Programs())
+        guest = await fresh.guest(max_tokens=100_000)
+        await fresh.ask(p.Send(guest, {"prompt": "x" * 2_000_000}))
+        ended = await fresh.until_state(guest, State.EXITED)
+        assert "its row in the journal cannot be written: string or blob too big" in ended.reason
+        assert (await fresh.wait(await fresh.spin(steps=1)))["exit_status"] == 0
+        assert (await fresh.ask(p.Status()))["journal"]["error"] is None
+        await fresh.down()
+
+    fresh.run(go())
+    (row,) = [proc for proc, _ in rows(fresh.path) if proc.role is Role.GUEST]
+    assert row.state is State.EXITED

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos.kernel.errors import NoMemory
-from llmos.kernel.ledger import MARGIN_BYTES, SYSTEM_PID, Ledger, with_margin
+from llmos.kernel.ledger import MARGIN_BYTES, SYSTEM_PID, Ledger
 
 CAPACITY = 10_000_000_000
 
@@ -31,7 +31,7 @@ def mapped(key: str, nbytes: int) -> dict[str, Any]:
 
 def test_a_promise_is_taken_and_given_back() -> None:
     ledger = books()
-    ledger.reserve("a", 1, [private(100), private(50, "kv"), private(5, "kv")])
+    ledger.reserve(("a",), 1, [private(100), private(50, "kv"), private(5, "kv")])
     assert ledger.free("a") == CAPACITY - 155
     assert ledger.memory_of(1) == (155, 0, 0, {"activations": 100, "kv": 55})
     ledger.release(1)
@@ -42,18 +42,18 @@ def test_a_promise_is_taken_and_given_back() -> None:
 
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     ledger = books()
-    ledger.reserve("a", 1, [private(CAPACITY - 10)])
+    ledger.reserve(("a",), 1, [private(CAPACITY - 10)])
     with pytest.raises(NoMemory, match="wanted 11 bytes, 10 are free"):
-        ledger.reserve("a", 2, [private(11)])
+        ledger.reserve(("a",), 2, [private(11)])
     assert ledger.free("a") == 10
-    ledger.reserve("a", 2, [private(10)])
+    ledger.reserve(("a",), 2, [private(10)])
     ledger.check()
 
 
 def test_a_shared_file_is_counted_once_until_the_last_one_leaves() -> None:
     ledger = books()
     for pid in (1, 2, 3):
-        ledger.reserve("a", pid, [mapped("f", 1000), private(1)])
+        ledger.reserve(("a",), pid, [mapped("f", 1000), private(1)])
     assert ledger.promised("a") == 1003
     assert ledger.need("a", [mapped("f", 1000)]) == 0
     assert ledger.need("b", [mapped("f", 1000)]) == 1000, "another device has its own"
@@ -64,9 +64,9 @@ def test_a_shared_file_is_counted_once_until_the_last_one_leaves() -> None:
 
 def test_can_ever_reserve_counts_the_system_but_nobody_else() -> None:
     ledger = books()
-    ledger.adopt("a", SYSTEM_PID, [private(0, "system")])
-    ledger.measure(SYSTEM_PID, 1000, False)
-    ledger.reserve("a", 1, [private(CAPACITY - 5000)])
+    ledger.adopt(("a",), SYSTEM_PID, [private(0, "system")])
+    ledger.measure(SYSTEM_PID, "a", 1000, False)
+    ledger.reserve(("a",), 1, [private(CAPACITY - 5000)])
     assert ledger.can_ever_reserve("a", [private(CAPACITY - 1000)])
     assert not ledger.can_ever_reserve("a", [private(CAPACITY - 999)])
     assert ledger.can_ever_reserve("b", [private(CAPACITY)])
@@ -74,27 +74,27 @@ def test_can_ever_reserve_counts_the_system_but_nobody_else() -> None:
 
 def test_a_measurement_above_the_promise_raises_it_at_once() -> None:
     ledger = books()
-    ledger.reserve("a", 1, [private(1000)])
-    ledger.measure(1, 2_000_000, settled=False)
-    assert ledger.promised("a") == with_margin(2_000_000) == 2_200_000 + MARGIN_BYTES
+    ledger.reserve(("a",), 1, [private(1000)])
+    ledger.measure(1, "a", 2_000_000, settled=False)
+    assert ledger.promised("a") == ledger.with_margin(2_000_000) == 2_200_000 + MARGIN_BYTES
 
 
 def test_a_measurement_below_the_promise_lowers_it_only_when_settled() -> None:
     ledger = books()
-    ledger.reserve("a", 1, [private(5_000_000_000), private(1_000_000_000, "kv")])
-    ledger.measure(1, 1_000_000_000, settled=False)
+    ledger.reserve(("a",), 1, [private(5_000_000_000), private(1_000_000_000, "kv")])
+    ledger.measure(1, "a", 1_000_000_000, settled=False)
     assert ledger.promised("a") == 6_000_000_000
-    ledger.measure(1, 1_000_000_000, settled=True)
-    assert ledger.promised("a") == with_margin(1_000_000_000)
+    ledger.measure(1, "a", 1_000_000_000, settled=True)
+    assert ledger.promised("a") == ledger.with_margin(1_000_000_000)
     kinds = ledger.memory_of(1)[3]
     assert kinds["activations"] == pytest.approx(5 * kinds["kv"], rel=1e-6)
-    ledger.measure(1, 10, settled=True)
-    assert ledger.promised("a") == with_margin(1_000_000_000), "the peak counts"
+    ledger.measure(1, "a", 10, settled=True)
+    assert ledger.promised("a") == ledger.with_margin(1_000_000_000), "the peak counts"
 
 
 def test_free_may_be_negative_when_others_take_what_was_promised() -> None:
     ledger = books()
-    ledger.reserve("a", 1, [private(CAPACITY)])
+    ledger.reserve(("a",), 1, [private(CAPACITY)])
     ledger.observe("a", 0, 500)
     assert ledger.free("a") == -500
     assert ledger.books("a")["free_bytes"] == -500
@@ -102,14 +102,14 @@ def test_free_may_be_negative_when_others_take_what_was_promised() -> None:
 
 def test_who_is_unknown_is_not_measured() -> None:
     ledger = books()
-    ledger.measure(99, 1000, settled=True)
+    ledger.measure(99, "a", 1000, settled=True)
     assert ledger.promised("a") == 0
 
 
 def test_the_holders_are_named_largest_first() -> None:
     ledger = books()
     for pid, nbytes in ((1, 10), (2, 30), (3, 20)):
-        ledger.reserve("a", pid, [private(nbytes)])
+        ledger.reserve(("a",), pid, [private(nbytes)])
     assert ledger.holders("a") == [(2, 30), (3, 20), (1, 10)]
 
 
@@ -128,7 +128,7 @@ happenings = st.lists(
     st.one_of(
         st.tuples(st.just("reserve"), devices, pids, segments),
         st.tuples(st.just("release"), pids),
-        st.tuples(st.just("measure"), pids, sizes, st.booleans()),
+        st.tuples(st.just("measure"), pids, devices, sizes, st.booleans()),
         st.tuples(st.just("observe"), devices, sizes, sizes),
     ),
     max_size=60,
@@ -145,7 +145,7 @@ def test_the_books_add_up_whatever_happens(script: list[tuple[Any, ...]]) -> Non
                 continue
             need, free = ledger.need(device, wanted), ledger.free(device)
             try:
-                ledger.reserve(device, pid, wanted)
+                ledger.reserve((device,), pid, wanted)
             except NoMemory:
                 assert need > free
             else:

@@ -12,7 +12,7 @@ from llmos.drivers.worker.stream import Stream
 from llmos.kernel import protocol as p
 from llmos.kernel.errors import BadArgument, IllegalMove
 from llmos.kernel.process import Class, Process, Role, State
-from support.live import Live, in_kernel, wait_until
+from support.live import Live, in_kernel, submission, wait_until
 
 
 def tokens(items: list[dict[str, Any]]) -> list[int]:
@@ -149,12 +149,17 @@ async def test_killing_an_engine_ends_its_guests_with_a_reason(live: Live) -> No
 async def test_killing_an_engine_that_waits_for_memory_ends_its_guests(live: Live) -> None:
     driver: Any = live.kernel.drivers["sim"]
     hog = await live.spin(steps=100_000, memory_bytes=1000 * 2**20)
+    await live.ask(p.Renice(hog, cls="interactive"))  # else it would be moved out
     real = driver.plan
     driver.plan = lambda ticket, entry, args: real(ticket, entry, {**args, "memory_bytes": 2**29})
+    known, live.kernel.planner.profiles.lookup = (
+        live.kernel.planner.profiles.lookup,
+        lambda key: None,
+    )  # type: ignore[method-assign]
     try:
         guest = await live.guest(dtype="float32", max_tokens=5)
     finally:
-        driver.plan = real
+        driver.plan, live.kernel.planner.profiles.lookup = real, known  # type: ignore[method-assign]
     engine = engine_of(live, guest)
     assert (engine.state, engine.reason) == (State.WAITING, "memory")
     await live.ask(p.Kill(engine.pid))
@@ -236,3 +241,35 @@ async def test_an_adopted_engine_says_which_guests_wait_for_input(live: Live) ->
     hello = {"k": "hello", "loaded": True, "guests": [guest], "waiting": [guest], "seen": 1}
     live.kernel.inbox.take(WorkerCame(worker_id, 1, hello, adopted=True))
     assert (live.proc(guest).state, live.proc(guest).reason) == (State.WAITING, "input")
+
+
+@in_kernel
+async def test_an_attached_process_ends_with_the_last_line_of_its_owner(live: Live) -> None:
+    """Its client comes back over another line before the old one is seen to end; then it goes."""
+    first, second = await live.other(), await live.other()
+    pid = (await first.ask(submission("spin", steps=100_000, attached=True)))["pid"]
+    begun = second.begin(p.Attach(pid, own=True))
+    await second.next_message(begun)
+    await first.close()
+    await live.ask(p.Ping())
+    assert live.proc(pid).live
+    assert pid not in live.kernel.ownerless
+    second.send({"id": 0, "bye": True})
+    await second.close()
+    assert (await live.wait(pid))["exit_status"] == 129
+
+
+@in_kernel
+async def test_a_line_that_breaks_twice_has_its_whole_grace_each_time(live: Live) -> None:
+    first = await live.other()
+    pid = (await first.ask(submission("spin", steps=100_000, attached=True)))["pid"]
+    await first.close()
+    await wait_until(lambda: pid in live.kernel.ownerless)
+    before = live.kernel.ownerless[pid].when()
+    second = await live.other()
+    await second.next_message(second.begin(p.Attach(pid, own=True)))
+    assert pid not in live.kernel.ownerless
+    await second.close()
+    await wait_until(lambda: pid in live.kernel.ownerless)
+    assert live.kernel.ownerless[pid].when() > before
+    await live.ask(p.Kill(pid, 9))

@@ -26,6 +26,10 @@ OLD: dict[str, tuple[bytes, Any]] = {
     "ps": (b"\x83\xa2id\x01\xa4call\xa2ps\xa4args\x81\xa3all\xc3", P.Ps(all=True)),
     "mem": (b"\x83\xa2id\x01\xa4call\xa3mem\xa4args\x80", P.Mem()),
     "explain": (b"\x83\xa2id\x01\xa4call\xa7explain\xa4args\x81\xa3pid\x07", P.Explain(7)),
+    "dmesg": (
+        b"\x83\xa2id\x01\xa4call\xa5dmesg\xa4args\x82\xa3pid\x07\xa5level\xa7warning",
+        P.Dmesg(pid=7, level="warning"),
+    ),
     "programs": (b"\x83\xa2id\x01\xa4call\xa8programs\xa4args\x80", P.Programs()),
     "submit": (
         b"\x83\xa2id\x01\xa4call\xa6submit\xa4args\x82\xa7program\xa4spin\xa4args\x81\xa5steps\x03",
@@ -135,9 +139,9 @@ BAD: dict[str, tuple[Any, type[LlmosError], str]] = {
         "args is a map",
     ),
     "a missing field": (
-        {"id": 1, "call": "renice", "args": {"pid": 7}},
+        {"id": 1, "call": "renice", "args": {"nice": 7}},
         BadArgument,
-        "renice needs nice",
+        "renice needs pid",
     ),
 }
 
@@ -171,6 +175,8 @@ values = {
     str: st.text(max_size=20),
     bool: st.booleans(),
     float: st.floats(allow_nan=False),
+    int | None: st.none() | st.integers(-(2**63), 2**63 - 1),
+    str | None: st.none() | st.text(max_size=20),
     float | None: st.none() | st.floats(allow_nan=False),
     dict[str, Any]: st.dictionaries(st.text(max_size=5), st.integers(-9, 9) | st.text(max_size=5)),
     dict[str, str]: st.dictionaries(st.text(max_size=5), st.text(max_size=5)),

@@ -197,7 +197,7 @@ async def test_a_peer_of_another_user_is_not_let_in(
 ) -> None:
     """Its credentials come from the system; here the kernel takes itself for somebody else."""
     real = os.getuid()
-    monkeypatch.setattr("llmos.kernel.server.os.getuid", lambda: real + 1)
+    monkeypatch.setattr("llmos.kernel.access.os.getuid", lambda: real + 1)
     reader, writer = await connect(live)
     writer.write(msgpack.packb(1))
     async with asyncio.timeout(5):

@@ -119,6 +119,22 @@ def test_dialogues_are_filled_up_with_ignored_labels() -> None:
     assert [examples.targets(i) for i in (0, 1)] == [2, 2]
 
 
+@given(st.lists(st.integers(2, 90), min_size=1, max_size=60), st.integers(1, 8))
+def test_batches_have_few_different_lengths_and_lose_nothing(lengths: list[int], size: int) -> None:
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(starts[-1], dtype=np.uint16)
+    examples = packing.Dialogues(tokens, np.ones(len(tokens), np.bool_), starts, pad_id=0)
+    for first in range(0, len(lengths), size):
+        rows = np.arange(first, min(first + size, len(lengths)))
+        inputs, labels = examples.batch(rows)
+        assert inputs.shape[1] % packing.MULTIPLE == 0 or inputs.shape[1] == max(lengths) - 1
+        for i, row in enumerate(rows):
+            assert (labels[i] != packing.IGNORE).sum() == lengths[row] - 1 == examples.targets(row)
+            assert (
+                inputs[i, : lengths[row] - 1].tolist() == list(range(*starts[row : row + 2]))[:-1]
+            )
+
+
 @given(count=st.integers(1, 50), seed=st.integers(0, 9), takes=st.lists(st.integers(1, 20)))
 @settings(max_examples=50)
 def test_every_epoch_is_a_permutation_and_any_place_can_be_entered(

@@ -176,18 +176,24 @@ def test_a_parked_guest_keeps_its_place_and_a_dropped_one_is_gone(
     assert 1 not in run.ctx.guests_done
 
 
-def test_a_restarted_guest_sends_only_what_its_reader_does_not_have(
-    llama: Path, tmp_path: Path
+@pytest.mark.parametrize("sent", [1, 12, 29, 30])
+@pytest.mark.parametrize("args", [{"temperature": 1.0}, {"temperature": 0, "stop": ["the"]}])
+def test_a_guest_of_a_dead_engine_goes_on_behind_what_it_has_sent(
+    llama: Path, tmp_path: Path, sent: int, args: dict[str, Any]
 ) -> None:
-    args = {"model": str(llama), "prompt": "你好 cat", "temperature": 1.0, "max_tokens": 30}
+    args = {"model": str(llama), "prompt": "你好 cat", "max_tokens": 30, **args}
     whole = engine(tmp_path / "whole", llama)
     admit(whole, 9, "infer", **args)
     whole.until_idle()
     records = whole.ctx.of_kind("text", 9)
     again = engine(tmp_path / "again", llama)
-    again.program.admit(again.ctx, Guest(9, "infer", args, (0, 0, 0), sent=12))
+    begun = [{"kind": "text", **r} for r in records[:sent]]
+    again.program.admit(again.ctx, Guest(9, "infer", args, (0, 0, 0), begun))
     again.until_idle()
-    assert again.ctx.of_kind("text", 9) == records[12:]
+    assert again.ctx.of_kind("text", 9) == records[sent:]
+    before, after = whole.ctx.guests_done[9].result, again.ctx.guests_done[9].result
+    for key in ("tokens", "finish_reason", "prompt_tokens"):
+        assert before[key] == after[key]
 
 
 def test_text_ends_before_a_stop_string(llama: Path, tmp_path: Path) -> None:

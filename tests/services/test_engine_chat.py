@@ -164,14 +164,44 @@ def test_a_system_prompt_leads_the_conversation(templated: Path, tmp_path: Path)
     assert tokenizer.decode(ids).startswith("system: be brief<end>user: the cat<end>assistant: ")
 
 
-def test_a_restarted_session_says_that_it_begins_anew(plain: Path, tmp_path: Path) -> None:
-    run = chat(tmp_path, plain)
-    args = {"model": str(plain), "temperature": 0, "max_tokens": 4}
-    run.program.admit(run.ctx, Guest(2, "chat", args, (0, 0, 0), sent=7))
-    assert "anew" in run.ctx.of_kind("note", 2)[0]["text"]
-    run.program.message(run.ctx, 2, {"prompt": "the cat"})
-    run.until_idle()
-    assert run.ctx.text(2), "a new answer is sent from its first token"
+@pytest.mark.parametrize("cut", [1, 2, 3, 5, 8, 9, 12, 14, 15, 17])
+@pytest.mark.parametrize("kind", ["plain", "templated"])
+def test_a_conversation_goes_on_in_the_next_engine(
+    kind: str, cut: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Wherever the engine died: the next one is told the same and says the same."""
+    model: Path = request.getfixturevalue(kind)
+    script = [{"prompt": "the cat"}, {"set": {"temperature": 0.9, "seed": 5}},
+              {"prompt": "and the dog"}, {"prompt": "again"}]  # fmt: skip
+    args = {"model": str(model), "temperature": 0, "max_tokens": 4}
+
+    def said(run: Any) -> list[dict[str, Any]]:
+        return [r for r in run.ctx.records if r.get("pid") == 2]
+
+    whole = chat(tmp_path / "whole", model)
+    whole.program.admit(whole.ctx, Guest(2, "chat", args, (0, 0, 0)))
+    for n, message in enumerate(script):
+        whole.ctx.emit("input", pid=2, key=str(n), message=message)
+        whole.program.message(whole.ctx, 2, message)
+        whole.until_idle()
+    records = said(whole)
+    assert len(records) > 15
+
+    again = chat(tmp_path / "again", model)
+    again.program.admit(again.ctx, Guest(2, "chat", args, (0, 0, 0), records[:cut]))
+    again.until_idle()
+    given = {r["key"] for r in records[:cut] if r["kind"] == "input"}
+    for n, message in enumerate(script):
+        if str(n) not in given:
+            again.ctx.emit("input", pid=2, key=str(n), message=message)
+            again.program.message(again.ctx, 2, message)
+            again.until_idle()
+
+    def essence(records: list[dict[str, Any]]) -> list[Any]:
+        return [(r["kind"], r.get("text"), r.get("tokens"), r.get("finish_reason"), r.get("key"))
+                for r in records]  # fmt: skip
+
+    assert essence(records[:cut] + said(again)) == essence(records)
 
 
 def test_a_message_that_makes_no_work_leaves_the_chat_waiting(tmp_path: Path, plain: Path) -> None:
@@ -181,3 +211,42 @@ def test_a_message_that_makes_no_work_leaves_the_chat_waiting(tmp_path: Path, pl
         before = len(run.ctx.guests_idle)
         run.program.message(run.ctx, 1, message)
         assert len(run.ctx.guests_idle) == before + 1, message
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+@pytest.mark.parametrize("cut", ["stop", "rest", "turn", "whole"])
+def test_an_answer_that_was_stopped_stays_so_in_the_next_engine(
+    tokens: int, cut: str, tmp_path: Path, templated: Path
+) -> None:
+    """Stopped before its first token or later, and the engine dies before or after it says so."""
+    args = {"model": str(templated), "temperature": 0, "max_tokens": 6}
+    run = chat(tmp_path / "one", templated)
+    run.program.admit(run.ctx, Guest(2, "chat", args, (0, 0, 0)))
+
+    def give(to: Run, key: str, **message: Any) -> None:
+        to.ctx.emit("input", pid=2, key=key, message=message)
+        to.program.message(to.ctx, 2, message)
+
+    give(run, "1", prompt="the cat")
+    while len(run.ctx.of_kind("text", 2)) < tokens:
+        run.step()
+    give(run, "2", stop=True)
+    records = [r for r in run.ctx.records if r["pid"] == 2]
+    ends = {r["kind"]: i for i, r in enumerate(records)}
+    upto = {"stop": ends["input"], "rest": ends["text"], "turn": ends["turn"]}.get(
+        cut, len(records)
+    )
+    again = chat(tmp_path / "two", templated)
+    again.program.admit(again.ctx, Guest(2, "chat", args, (0, 0, 0), records[: upto + 1]))
+    again.until_idle()
+    told = [*records[: upto + 1], *(r for r in again.ctx.records if r["pid"] == 2)]
+    kinds = [r["kind"] for r in told]
+    assert kinds.count("turn") == kinds.count("begin") == 1
+    assert [r["tokens"] for r in told if r["kind"] == "text" and r["tokens"]] == [
+        r["tokens"] for r in records if r["kind"] == "text" and r["tokens"]
+    ]
+    for each in (run, again):
+        give(each, "3", prompt="and the dog")
+        each.until_idle()
+    new = [[r["text"] for r in each.ctx.of_kind("text", 2)][-6:] for each in (run, again)]
+    assert new[0] == new[1], "the conversation is the same"

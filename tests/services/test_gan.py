@@ -139,4 +139,4 @@ def test_a_run_that_goes_on_under_other_conditions_says_so(images: str, tmp_path
     assert load_file(folder / "training.safetensors")
     ctx = make_context(tmp_path, threads=1)
     Run.resume(Gan, ctx, folder, data=images, **SMALL, steps=3, dtype="bfloat16")
-    assert "bfloat16 False -> True" in ctx.of_kind("note")[0]["text"]
+    assert "dtype bfloat16, saved with float32" in ctx.of_kind("note")[0]["text"]

@@ -218,6 +218,23 @@ def test_a_lora_checkpoint_holds_the_adapter_only(tmp_path: Path) -> None:
     assert not (folder / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_lora_learns_in_the_layers_of_gpt2_too(tmp_path: Path) -> None:
+    from support.small_models import make_gpt2
+
+    base = make_gpt2(tmp_path / "base")
+    data = pairs_file(tmp_path / "p.jsonl", 30)
+    args = {"model": str(base), "data": str(data), "out": "m", "method": "lora", "context": 64}
+    run = Run.start(Finetune, make_context(tmp_path), **args, steps=3, lr=0.01, threads=1)
+    run.to_end()
+    assert run.done is not None
+    before = load_file(base / "model.safetensors")
+    after = load_file(Path(run.done.result["folder"]) / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("attn" in name or "mlp" in name for name in changed)
+
+
 def test_lora_on_a_recurrent_model_is_refused(tmp_path: Path) -> None:
     data = pairs_file(tmp_path / "p.jsonl", 30)
     with pytest.raises(BadArgument, match="no linear layers for LoRA") as caught:
@@ -256,6 +273,7 @@ def test_long_pairs_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_model_is_finetuned_on_real_pairs(tmp_path: Path) -> None:
     args = {
         "model": str(shared("models/stories260K")),

@@ -184,3 +184,58 @@ def test_data_that_changes_during_a_run_changes_nothing(tmp_path: Path) -> None:
     )
     data.unlink()
     Run.resume(Pretrain, make_context(tmp_path), folder, **args).steps(1)
+
+
+def shrunk(tmp_path: Path, **args: Any) -> Run:
+    """Four steps, then half the micro-batch."""
+    run = Run.start(Pretrain, make_context(tmp_path), **args).steps(4)
+    assert run.program.shrink(run.ctx, "caches"), "nothing to drop is no refusal"
+    assert run.program.shrink(run.ctx, "batch")
+    return run
+
+
+def test_a_smaller_micro_batch_keeps_the_batch_and_is_said_and_recorded(tmp_path: Path) -> None:
+    data = story_file(tmp_path / "t.txt", 100)
+    args = {**SMALL, "data": str(data), "out": "m", "batch": 5, "dropout": 0.0,
+            "dtype": "float32", "may_shrink": True}  # fmt: skip
+    whole = Run.start(Pretrain, make_context(tmp_path / "a"), **args)
+    whole.to_end()
+    run = shrunk(tmp_path / "b", **args)
+    run.to_end()
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
+    assert losses(run)[:4] == losses(whole)[:4]
+    assert run.done is not None
+    assert run.done.result["shrunk"] == [{"step": 4, "micro_batch": 3}]
+    assert whole.done is not None
+    assert "shrunk" not in whole.done.result
+    (note,) = [r["text"] for r in run.ctx.of_kind("note") if "micro-batch" in r["text"]]
+    assert note.startswith("micro-batch 5 -> 3 after step 4")
+    (registered,) = [a for method, a in run.ctx.calls if method == "models.register"]
+    assert registered["made_by"]["shrunk"] == run.done.result["shrunk"]
+
+
+def test_a_run_that_shrank_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    data = story_file(tmp_path / "t.txt", 100)
+    args = {**SMALL, "data": str(data), "out": "m", "may_shrink": True}
+    whole = shrunk(tmp_path / "a", **args)
+    whole.to_end()
+    first = shrunk(tmp_path / "b", **args).steps(2)
+    folder = first.save(tmp_path / "checkpoint")
+    second = Run.resume(Pretrain, make_context(tmp_path / "b"), folder, **args)
+    second.to_end()
+    assert losses(second) == losses(whole)[6:]
+    mine, theirs = weights(second), weights(whole)
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_run_shrinks_only_where_that_was_allowed_and_to_one_example_at_least(
+    tmp_path: Path,
+) -> None:
+    data = story_file(tmp_path / "t.txt", 100)
+    args = {**SMALL, "data": str(data), "out": "m", "batch": 3}
+    run = Run.start(Pretrain, make_context(tmp_path / "a"), **args).steps(1)
+    assert not run.program.shrink(run.ctx, "batch")
+    assert not run.ctx.of_kind("note")
+    run = Run.start(Pretrain, make_context(tmp_path / "b"), **args, may_shrink=True).steps(1)
+    assert [run.program.shrink(run.ctx, "batch") for _ in range(3)] == [True, True, False]
+    run.steps(1)

@@ -34,6 +34,19 @@ def test_boot_says_where_and_shutdown_returns_when_the_kernel_is_gone(
     assert sh_off("shutdown").status == 1
 
 
+def test_the_file_in_the_home_decides_and_status_says_so(sh_off: Shell, off: Site) -> None:
+    (off.home.path / "config.toml").write_text(
+        'batch_share = 0.1\n[[devices]]\nname = "sim7"\nmemory = "2GiB"\n'
+    )
+    sh_off.ok("boot", "--batch-share", "0")
+    status = sh_off("status", "--json").json
+    off.os_pid = status["kernel"]["os_pid"]
+    (device,) = status["devices"]
+    assert (device["device"], device["capacity_bytes"]) == ("sim7", 2 * 2**30)
+    assert device["found"] == "config.toml: simulated, nothing is computed"
+    assert "sim7 (config.toml: simulated" in sh_off.ok("status")
+
+
 def test_a_second_boot_says_so_and_does_no_harm(sh: Shell, site: Site) -> None:
     ran = sh("boot", "--device", DEVICE)
     assert ran.status == 1

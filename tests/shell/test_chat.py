@@ -47,7 +47,7 @@ class Chats:
             attach=self.attach,
             send=self.send,
             kill=lambda args, send: send({"ok": {"pid": args["pid"]}}),
-            ps=lambda args, send: send({"ok": [{"pid": args["pid"], "state": "waiting"}]}),
+            ps=lambda args, send: send({"ok": [{"pid": args["pid"], "reason": "input"}]}),
         )
 
     def submit(self, args: dict[str, Any], send: Send) -> None:

@@ -116,12 +116,36 @@ def test_without_a_kernel_the_error_says_how_to_boot(off: Site) -> None:
 
 def test_a_kernel_that_hangs_up_is_an_error_and_not_a_hang(off: Site) -> None:
     server = Scripted(off.home.path)
-    with Client(off.home.path) as client:
+    with Client(off.home.path, reconnect_s=0) as client:
         stream = client.attach(1)
         until(lambda: server.heard)
         server.close()
         with pytest.raises(NoKernel, match="closed the connection"):
             next(stream)
+
+
+def test_a_stream_goes_on_with_the_next_kernel_where_it_was(off: Site) -> None:
+    first = Scripted(off.home.path, attach=lambda args, send: send({"item": item("a", 10)}))
+    with Client(off.home.path) as client:
+        lost: list[int] = []
+        whole = {"ok": {"exit_status": 0}}
+        client.on_lost = lambda: lost.append(1)
+        stream = client.attach(1)
+        assert next(stream) == {"text": "a"}
+        first.close()
+        (off.home.path / "kernel.sock").unlink()
+        second = Scripted(
+            off.home.path,
+            attach=lambda args, send: (send({"item": item("b", 20)}), send(whole))[0],
+        )
+        assert list(stream) == [{"text": "b"}]
+        assert second.heard[0][1]["offset"] == 10
+        assert (lost, stream.result) == ([1], {"exit_status": 0})
+    second.close()
+
+
+def item(text: str, offset: int) -> dict[str, Any]:
+    return {"offset": offset, "record": {"text": text}}
 
 
 def test_a_kernel_that_does_not_answer_is_given_up(off: Site) -> None:

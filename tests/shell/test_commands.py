@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -239,6 +241,49 @@ def test_logs_call_and_models_reach_what_they_name(sh: Shell, site: Site) -> Non
     assert sh("logs", str(site.spin(steps=1))).status == 0
 
 
+def test_a_call_has_flags_help_and_pairs_that_mean_the_same(sh: Shell) -> None:
+    flags = sh("call", "models.show", "--name", "toy", "--timeout", "9s").json
+    assert flags["name"] == "toy"
+    assert sh("call", "--timeout", "9s", "models.show", "name=toy").json == flags
+    text = sh.ok("help", "models.register")
+    assert text.startswith("Usage: llmos call models.register [options]")
+    assert "--overwrite" in text
+    assert sh.ok("call", "models.register", "--help") == text
+    assert "models.show --name" in sh.ok("call", "models")
+    assert max(map(len, sh.ok("call", "models").splitlines())) <= 80
+
+
+def test_services_are_listed_restarted_and_looked_for(sh: Shell) -> None:
+    assert "models runs again" in sh("service", "restart", "models").err
+    assert "nothing has changed" in sh("service", "reload").err
+    assert set(sh("service", "reload", "--json").json) == {"added", "removed", "changed", "broken"}
+    assert "models" in sh.ok("service", "ls")
+
+
+def test_a_new_service_is_a_distribution_with_tests_that_pass(
+    sh: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my weather"
+    out = sh.ok("service", "new", "weather_2", "--path", str(folder))
+    assert "llmos call weather_2.greet" in out
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
+        "README.md", "llmos_weather_2.py", "pyproject.toml", "test_weather_2.py",
+    ]  # fmt: skip
+    assert "there already" in sh("service", "new", "weather_2", "--path", str(folder)).err
+    # As installed: the entry point is one of the things that its own tests look for.
+    (info := folder / "llmos_weather_2-1.dist-info").mkdir()
+    (info / "METADATA").write_text("Name: llmos-weather-2\nVersion: 1\n")
+    entry = "[llmos.services]\nweather_2 = llmos_weather_2:Weather2\n"
+    (info / "entry_points.txt").write_text(entry)
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(folder)}, cwd=folder, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    assert "4 passed" in ran.stdout
+
+
 def test_dry_run_says_what_it_would_take_and_leaves_nothing(sh: Shell, site: Site) -> None:
     before = sh("ps", "-a", "--json").json
     out = sh.ok("run", "toy", "x", "--dry-run")
@@ -261,7 +306,10 @@ def test_dry_run_says_what_it_would_take_and_leaves_nothing(sh: Shell, site: Sit
         ("kill", 2, "PID is missing"),
         ("kill -WHAT 3", 2, "there is no flag -WHAT"),
         ("kill --signal WHAT 3", 2, "there is no signal 'WHAT'"),
-        ("renice 20 1", 2, "NICE is at most 19"),
+        ("renice 20 1", 2, "--nice is at most 19"),
+        ("renice 1", 2, "nothing to change"),
+        ("renice --deadline -5 1", 2, "--deadline"),
+        ("renice --class urgent 1", 2, "--class is one of"),
         ("nice", 2, "COMMAND is missing"),
         ("kill 999999", 1, "there is no process 999999"),
         ("kill nobody", 1, "there is no process 'nobody'"),
@@ -271,7 +319,17 @@ def test_dry_run_says_what_it_would_take_and_leaves_nothing(sh: Shell, site: Sit
         ("run no-such-model x", 1, "no-such-model"),
         ("call models.nothing", 1, "nothing"),
         ("call nobody.ls", 1, "nobody"),
-        ("call models.show toy", 2, "an argument is written name=value"),
+        ("call models.show toy", 2, "an argument is written --name value or name=value"),
+        ("call models.show --nam toy", 2, "did you mean `--name`?"),
+        ("call models.show nam=toy", 2, "there is no argument nam"),
+        ("call models.show", 2, "--name is missing"),
+        ("call models.register --name x --folder y --kind z --made-by no", 2, "takes a JSON map"),
+        ("service stop models", 1, "cannot be stopped"),
+        ("service frobnicate", 2, "action is one of ls, start, stop, restart"),
+        ("service new", 2, "needs the name of a service"),
+        ("service new 3x", 1, "'3x' is no name for a service"),
+        ("help modls.ls", 2, "there is no command 'modls.ls'"),
+        ("help models.lss", 1, "service models has no call 'lss'"),
         ("service restart", 2, "needs the name of a service"),
         ("service logs nobody", 1, "there is no service 'nobody'"),
         ("models show absent", 1, "absent"),

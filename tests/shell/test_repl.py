@@ -180,7 +180,12 @@ def test_completion_knows_commands_flags_choices_pids_models_and_services(
     assert complete(known, "nice -n 5 pret") == ["pretrain"]
     assert complete(known, "service restart mo") == ["models"]
     assert complete(known, "call models.l") == ["models.ls"]
+    assert complete(known, "call models.show --na") == ["--name"]
+    assert complete(known, "call models.register --over") == ["--overwrite"]
+    assert complete(known, "service en") == ["enable"]
+    assert complete(known, "pretrain --optimizer adamw8") == ["adamw8bit"]
     assert complete(known, "help wai") == ["wait"]
+    assert complete(known, "help models.re") == ["models.register"]
 
 
 def test_completion_offers_files_where_a_path_goes(

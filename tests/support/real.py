@@ -44,13 +44,14 @@ class Machine:
     def __init__(self, *arguments: str) -> None:
         self.home = short_home()
         self.arguments = arguments
+        self.python = sys.executable
         self.mark = secrets.token_hex(8)
         self.process: subprocess.Popen[bytes] | None = None
 
     def boot(self) -> None:
         with (self.home / "kernel.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "llmos.kernel.main", "--home", str(self.home),
+                [self.python, "-P", "-m", "llmos.kernel.main", "--home", str(self.home),
                  *self.arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, "LLMOS_TEST_MARK": self.mark},
@@ -121,7 +122,7 @@ class Machine:
         """The OS pid of a process's worker, from the system itself."""
         worker_id = self.row(pid)["worker_id"]
         for os_pid in self.os_pids():
-            if _has_socket(os_pid, self.home / "w" / worker_id / "sock"):
+            if has_socket(os_pid, self.home / "w" / worker_id / "sock"):
                 return os_pid
         raise AssertionError(f"process {pid} has no worker")
 
@@ -174,10 +175,12 @@ class Machine:
 
 
 @contextlib.contextmanager
-def machine(*arguments: str) -> Iterator[Machine]:
+def machine(*arguments: str, config: str = "") -> Iterator[Machine]:
     """A booted machine, which is shut down at the end and must leave nobody behind."""
     made = Machine(*arguments)
     try:
+        if config:
+            (made.home / "config.toml").write_text(config)
         made.boot()
         yield made
         if made.process is not None:
@@ -187,7 +190,7 @@ def machine(*arguments: str) -> Iterator[Machine]:
         made.dispose()
 
 
-def _has_socket(os_pid: int, path: Path) -> bool:
+def has_socket(os_pid: int, path: Path) -> bool:
     """Does a process listen on this unix socket? By inode, as the system lists them."""
     inodes = {
         line.split()[6]

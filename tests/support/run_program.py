@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmos.drivers.worker.gate import Gate
 from llmos.services.base import Service, invoke
 from llmos.services.programs.base import Done, Guest, Idle, Program, Report
 
@@ -25,10 +26,13 @@ class FakeContext:
     pid: int = 100
     device: str = "cpu"
     threads: int = 2
+    rank: int = 0
+    ranks: int = 1
     records: list[dict[str, Any]] = field(default_factory=list)
     guests_done: dict[int, Done] = field(default_factory=dict)
     guests_idle: list[int] = field(default_factory=list)
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    gate: Gate = field(default_factory=lambda: Gate(lambda message: None))
     _services: dict[str, Service] = field(default_factory=dict)
 
     @property
@@ -49,7 +53,7 @@ class FakeContext:
     def guest_idle(self, pid: int) -> None:
         self.guests_idle.append(pid)
 
-    def call(self, method: str, **arguments: Any) -> Any:
+    def call(self, method: str, /, **arguments: Any) -> Any:
         self.calls.append((method, arguments))
         service, _, name = method.partition(".")
         if service not in self._services:

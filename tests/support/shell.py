@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from llmos.kernel.errors import IllegalMove
 from llmos.shell.client import Client
 from llmos.shell.context import Context
 from llmos.shell.home import Home
@@ -89,7 +91,8 @@ class Site:
                 # Guests first: with their engine they would be gone before their turn.
                 for p in sorted(client.ps(), key=lambda p: p["role"] != "guest"):
                     if p["role"] != "service":
-                        client.kill(p["pid"], 9)
+                        with contextlib.suppress(IllegalMove):  # it has ended by itself
+                            client.kill(p["pid"], 9)
 
 
 class Shell:

@@ -6,6 +6,7 @@ What they say means nothing; that it is always the same is what the tests need.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -51,13 +52,14 @@ def make_tokenizer(template: str = "") -> PreTrainedTokenizerFast:
     return made
 
 
-def make_llama(folder: Path, template: str = "", seed: int = 0) -> Path:
+def make_llama(folder: Path, template: str = "", seed: int = 0, **other: Any) -> Path:
     """A Llama with grouped-query attention, as a model folder."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-        bos_token_id=None, eos_token_id=0, pad_token_id=0, initializer_range=0.3,
-    )  # fmt: skip
+    config = LlamaConfig(**{
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT, "bos_token_id": None, "eos_token_id": 0,
+        "pad_token_id": 0, "initializer_range": 0.3, **other,
+    })  # fmt: skip
     torch.manual_seed(seed)
     return _save(LlamaForCausalLM(config), folder, template)
 

@@ -12,17 +12,29 @@ from typing import Any
 
 from llmos.kernel import events as ev
 from llmos.kernel.core import Core
+from llmos.kernel.policies.base import Policy
 from llmos.kernel.process import Class, Process, Role, State
+from llmos.kernel.settings import Settings
 
-HOLD_S, START_S, LOAD_S = 0.001, 0.01, 0.02
+HOLD_S, START_S, LOAD_S, MOVE_S = 0.001, 0.01, 0.02, 0.05
 
 
 class Toy:
-    def __init__(self, capacity: int = 1000, devices: int = 1) -> None:
+    def __init__(
+        self,
+        capacity: int = 1000,
+        devices: int = 1,
+        policy: Policy | None = None,
+        moves_to: str = "disk",
+        lanes: int = 1,
+        **settings: Any,
+    ) -> None:
         self.now = 100.0
-        self.core = Core(self.now)
+        # No share for batch unless a test asks for it: strict classes are simpler to follow.
+        chosen = {"batch_share": 0.0, **settings}
+        self.core = Core(self.now, policy, Settings(**chosen))
         for n in range(devices):
-            self.core.add_device(f"sim{n}", "sim", capacity)
+            self.core.add_device(f"sim{n}", "sim", capacity, lanes, moves_to)
         self.orders: list[ev.Order] = []
         self.records: list[ev.Record] = []
         self._agenda: list[tuple[float, int, Any]] = []
@@ -46,11 +58,12 @@ class Toy:
         nbytes: int = 100,
         cls: Class = Class.BATCH,
         nice: int = 0,
+        uid: int = 0,
         **more: Any,
     ) -> int:
         pid = next(self._pids)
         args = {"steps": steps, "step_s": step_s}
-        proc = Process(pid, "spin", args, "u", 0, self.now, cls=cls, nice=nice, **more)
+        proc = Process(pid, "spin", args, "u", uid, self.now, cls=cls, nice=nice, **more)
         proc.has_checkpoint = True
         self.do(ev.Submitted(proc))
         self.do(ev.Planned(pid, [{"kind": "activations", "bytes": nbytes, "shared": ""}]))
@@ -63,6 +76,7 @@ class Toy:
         cls: Class = Class.INTERACTIVE,
         nice: int = 0,
         turns: bool = False,
+        uid: int = 0,
     ) -> int:
         engine = None
         if model not in self.core.m.engines:
@@ -72,7 +86,7 @@ class Toy:
             )  # fmt: skip
         pid = next(self._pids)
         guest = Process(
-            pid, "infer", {"tokens": tokens, "turns": turns}, "u", 0, self.now,
+            pid, "infer", {"tokens": tokens, "turns": turns}, "u", uid, self.now,
             role=Role.GUEST, engine_key=model, cls=cls, nice=nice,
         )  # fmt: skip
         self.do(ev.Submitted(guest, engine))
@@ -141,6 +155,14 @@ class Toy:
                 self._post(HOLD_S, o.worker_id, gone)
             case ev.Stop():
                 self._stop(o.worker_id)
+            case ev.MoveOut():
+                self._running.pop(o.worker_id, None)
+                moved = ev.MovedOut(o.worker_id, "host", 90, 10, MOVE_S)
+                self._post(MOVE_S, o.worker_id, moved)
+            case ev.MoveIn():
+                self._post(MOVE_S, o.worker_id, ev.MovedIn(o.worker_id, MOVE_S))
+            case ev.Shrink():
+                self._post(HOLD_S, o.worker_id, ev.Shrunk(o.worker_id, o.level, 0))
             case ev.Admit():
                 self._seen[o.worker_id] = self._seen.get(o.worker_id, 0) + 1
                 tokens = int(self.proc(o.pid).args["tokens"])
@@ -163,10 +185,8 @@ class Toy:
         if self._lives(worker):
             self._loaded.add(worker)
             self.do(ev.Loaded(worker))
-            if self._lives(worker):
-                lease = self.core.m.devices[self.core.m.workers[worker].device].lease
-                if lease is not None and lease.worker_id == worker and not lease.holding:
-                    self._begin(worker)
+            if self._lives(worker) and self._leased(worker):
+                self._begin(worker)
 
     def _begin(self, worker: str) -> None:
         """Work on the current step until it is done or the worker is held."""
@@ -185,7 +205,8 @@ class Toy:
         token = self._holds[worker] = next(self._seq)
 
         def held() -> None:
-            if self._lives(worker) and self._holds.pop(worker, -1) == token:
+            if self._lives(worker) and self._holds.get(worker) == token:
+                del self._holds[worker]
                 self.do(ev.WorkerHeld(worker))
 
         self._at(HOLD_S, held)
@@ -204,8 +225,9 @@ class Toy:
             self._begin(worker)
 
     def _leased(self, worker: str) -> bool:
-        lease = self.core.m.devices[self.core.m.workers[worker].device].lease
-        return lease is not None and lease.worker_id == worker and not lease.holding
+        queue = self.core.m.devices[self.core.m.workers[worker].device]
+        lease = queue.leases.get(worker)
+        return lease is not None and not lease.holding
 
     def _advance(self, worker: str, proc: Process) -> None:
         done = self._steps[worker] = self._steps.get(worker, 0) + 1

@@ -1,11 +1,13 @@
-"""EEVDF: who gets the device next, in a queue of weighted shares.
+"""EEVDF: who gets the device next, in a queue of weighted shares. The algorithm alone.
 
 Earliest eligible virtual deadline first (Stoica, Abdel-Wahab 1995; Linux since 6.6). Each
 entity i has a weight w and asks for requests of r device-seconds. Virtual time V advances by
 dt/W while the device works for dt seconds (W: sum of the weights in the queue). An entity is
 eligible when it has had no more than its share, ve <= V; among the eligible the earliest
 deadline vd = ve + r/w runs. Lag, w * (V - ve), is the service it is owed in seconds: the sum
-over the queue is zero, and no lag exceeds the longest request or unpreempted run.
+over the queue is zero, and no lag exceeds the longest request as long as every run ends with
+its request. So a turn is what is left of the request (`left_s`), and a run that is cut short
+goes on with the rest; what a run takes beyond its request is added to the bound.
 
 V is kept explicitly and moved when an entity with a lag joins or leaves, as the paper does, so
 nothing is ever summed over the queue; two heaps with lazy deletion make a pick O(log n).
@@ -15,6 +17,7 @@ Knows no clock, no device and no class: seconds are passed in.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
@@ -29,6 +32,7 @@ class _Entity:
     eligible: float  # ve: its virtual service so far
     deadline: float  # vd
     left_s: float  # of the current request
+    next_request_s: float  # a better prediction counts from the next request on
     version: int = 0  # heap entries of an older version are dead
 
 
@@ -59,7 +63,8 @@ class RunQueue:
         if self._weight:
             self.virtual_time -= lag_s / self._weight
         eligible = self.virtual_time - lag_s / weight
-        entity = _Entity(weight, request_s, eligible, eligible + request_s / weight, request_s)
+        deadline = eligible + request_s / weight
+        entity = _Entity(weight, request_s, eligible, deadline, request_s, request_s)
         self._entities[key] = entity
         self._weight += weight
         self._push(key, entity)
@@ -84,7 +89,7 @@ class RunQueue:
         entity.eligible += used_s / entity.weight
         entity.left_s -= used_s
         if entity.left_s <= _EPSILON:
-            entity.left_s = entity.request_s
+            entity.request_s = entity.left_s = entity.next_request_s
             entity.deadline = entity.eligible + entity.request_s / entity.weight
         self._push(key, entity)
 
@@ -98,32 +103,71 @@ class RunQueue:
         entity.deadline = entity.eligible + entity.left_s / weight
         self._push(key, entity)
 
+    def set_request(self, key: str, request_s: float) -> None:
+        """Requests of this length from the next one on."""
+        self._entities[key].next_request_s = request_s
+
+    def left_s(self, key: str) -> float:
+        """What is left of the current request: the length of a turn."""
+        return self._entities[key].left_s
+
+    def eligible(self, key: str) -> bool:
+        """It has had no more than its share."""
+        return self._entities[key].eligible <= self.virtual_time + _EPSILON
+
     def lag_s(self, key: str) -> float:
         """The service `key` is owed, in seconds; negative when it had more than its share."""
         entity = self._entities[key]
         return entity.weight * (self.virtual_time - entity.eligible)
 
-    def pick(self) -> str | None:
-        """The eligible entity with the earliest deadline; it stays in the queue."""
+    def pick(self, skip: Container[str] = ()) -> str | None:
+        """The eligible entity with the earliest deadline; it stays in the queue.
+
+        Those in `skip` are passed over. When none of the others is eligible, the one that will
+        be first is taken: the device does not wait.
+        """
+        self._promote()
+        found, passed = self._first(self._eligible, skip)
+        for item in passed:
+            heappush(self._eligible, item)
+        if found is None:
+            found, passed = self._first(self._future, skip)
+            for item in passed:
+                heappush(self._future, item)
+        return found
+
+    def _promote(self) -> None:
+        """Move who has become eligible to the heap of deadlines, and back who is not any more."""
         now = self.virtual_time + _EPSILON
-        while self._future:
-            eligible, version, key = self._future[0]
+        while self._future and (
+            self._future[0][0] <= now or not self._alive(*self._future[0][2:0:-1])
+        ):
+            _, version, key = heappop(self._future)
             if self._alive(key, version):
-                if eligible > now:
-                    break
                 heappush(self._eligible, (self._entities[key].deadline, version, key))
-            heappop(self._future)
         while self._eligible:
             _, version, key = self._eligible[0]
             if self._alive(key, version):
                 entity = self._entities[key]
                 if entity.eligible <= now:
-                    return key
+                    return
                 # V went back when somebody joined with a lag: not eligible after all.
                 heappush(self._future, (entity.eligible, version, key))
             heappop(self._eligible)
-        # Only rounding brings us here: the lags sum to zero, so somebody is eligible.
-        return self._future[0][2] if self._future else None
+
+    def _first(
+        self, heap: list[tuple[float, int, str]], skip: Container[str]
+    ) -> tuple[str | None, list[tuple[float, int, str]]]:
+        """The first living key of a heap that is not in `skip`, and the entries popped before."""
+        passed: list[tuple[float, int, str]] = []
+        while heap:
+            _, version, key = heap[0]
+            if self._alive(key, version):
+                if key not in skip:
+                    return key, passed
+                passed.append(heap[0])
+            heappop(heap)
+        return None, passed
 
     def _alive(self, key: str, version: int) -> bool:
         entity = self._entities.get(key)

@@ -1,0 +1,357 @@
+"""A kernel that serves a group: each member's processes are himself, and nobody else's business.
+
+Needs root. The users are some that the machine has; nothing is added to its database.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmos.kernel import access
+from llmos.kernel import protocol as p
+from llmos.kernel.drop import become
+from llmos.kernel.errors import BadInput, LlmosError, NoSuchThing, NotAllowed
+from llmos.kernel.syscalls.services import ACTIONS
+from support.plugins import SPY, install
+from support.real import Machine, wait_until
+from support.shared import shared
+from support.users import Two, as_user, two_users
+
+pytestmark = [pytest.mark.long, pytest.mark.fault]
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 200
+
+
+@pytest.fixture(scope="module")
+def two() -> Two:
+    return two_users()
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[str]:
+    """An interpreter that has two more services installed, and that everybody may run."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        venv.create(folder, symlinks=True)
+        (site,) = Path(folder).glob("lib/*/site-packages")
+        ours = [p for p in sys.path if p.endswith("site-packages")]
+        (site / "ours.pth").write_text(f"import site; list(map(site.addsitedir, {ours!r}))\n")
+        install(site, "spy_mod", SPY, services={"spy": "spy_mod:Spy", "handler": "spy_mod:Handler"})
+        yield f"{folder}/bin/python"
+
+
+@pytest.fixture(scope="module")
+def m(two: Two, python: str) -> Iterator[Machine]:
+    made = Machine("--group", two.group, "--device", "cpu0:memory=3GiB")
+    made.python = python
+    try:
+        made.boot()
+        wait_until(made.zygote_is_ready, "the zygote")
+        yield made
+        made.shutdown()
+        made.check_nobody_is_left()
+    finally:
+        made.dispose()
+
+
+@pytest.fixture(scope="module")
+def texts(two: Two) -> Iterator[Path]:
+    """A folder that everybody reaches, with a text for everybody and one for ann alone."""
+    folder = Path("/tmp") / f"llmos-texts-{os.getpid()}"
+    folder.mkdir()
+    folder.chmod(0o755)
+    (folder / "all.txt").write_text(TEXT)
+    (folder / "all.txt").chmod(0o644)
+    (folder / "anns.txt").write_text(TEXT)
+    (folder / "anns.txt").chmod(0o600)
+    os.chown(folder / "anns.txt", pwd.getpwnam(two.ann).pw_uid, -1)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def submit(m: Machine, user: str, program: str, **args: Any) -> int:
+    return int(as_user(user, lambda: m.submit(program, **args)))
+
+
+def ask(m: Machine, user: str, request: Any) -> Any:
+    return as_user(user, lambda: m.ask(request))
+
+
+def pretrain(m: Machine, user: str, data: Path, out: str, **more: Any) -> int:
+    return submit(m, user, "pretrain", data=str(data), out=out, steps=3, width=32, layers=1,
+                  heads=2, context=64, batch=2, vocab_size=300, dtype="float32", threads=1,
+                  **more)  # fmt: skip
+
+
+def test_members_get_in_and_others_do_not(m: Machine, two: Two) -> None:
+    assert ask(m, two.ann, p.Ping()) is None
+    assert ask(m, two.bob, p.Ping()) is None
+    with pytest.raises(PermissionError):
+        ask(m, two.other, p.Ping())
+
+
+def test_of_the_home_a_member_reaches_the_socket_and_nothing_else(m: Machine, two: Two) -> None:
+    def reached() -> list[str]:
+        found = []
+        for path in files:
+            try:
+                os.close(os.open(path, os.O_RDONLY))
+            except OSError:
+                continue
+            found.append(path)
+        return found
+
+    files = [str(f) for f in m.home.rglob("*")]
+    assert str(m.home / "journal.db") in files
+    assert as_user(two.ann, reached) == [str(m.home / "models")]
+    with pytest.raises(PermissionError):
+        as_user(two.ann, lambda: os.listdir(m.home))
+
+
+def test_a_worker_is_its_user_for_good(m: Machine, two: Two) -> None:
+    pid = submit(m, two.ann, "spin", steps=100_000)
+    m.until_step(pid, 2)
+    entry = pwd.getpwnam(two.ann)
+    status = Path(f"/proc/{m.worker_of(pid)}/status").read_text()
+    ids = dict(line.split(":\t") for line in status.splitlines() if ":\t" in line)
+    assert ids["Uid"].split() == [str(entry.pw_uid)] * 4
+    assert ids["Gid"].split() == [str(entry.pw_gid)] * 4
+    assert ids["CapEff"].strip("0") == ids["CapPrm"].strip("0") == ""
+    work = (m.home / "procs" / str(pid)).stat()
+    assert (work.st_uid, work.st_mode & 0o777) == (entry.pw_uid, 0o700)
+    ask(m, two.ann, p.Kill(pid))
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [p.Kill, p.Pause, p.Resume, p.Checkpoint, p.Wait, p.Attach, p.Logs,
+     lambda pid: p.Renice(pid, 19), lambda pid: p.Send(pid, {})],
+)  # fmt: skip
+def test_who_is_not_its_user_does_nothing_to_a_process(
+    m: Machine, two: Two, request_of: Any
+) -> None:
+    pid = submit(m, two.ann, "spin", steps=100_000)
+    try:
+        with pytest.raises(NotAllowed, match=f"is {two.ann}'s"):
+            ask(m, two.bob, request_of(pid))
+        assert m.row(pid)["state"] != "exited"
+    finally:
+        m.ask(p.Kill(pid))  # root may
+
+
+def test_others_see_that_it_is_there_and_not_what_it_is_about(m: Machine, two: Two) -> None:
+    pid = submit(m, two.ann, "spin", steps=100_000)
+    (row,) = ask(m, two.bob, p.Ps(pid=pid))
+    assert (row["user"], row["program"]) == (two.ann, "spin")
+    assert (row["args"], row["log"], row["progress"]) == ({}, "", {})
+    told = ask(m, two.bob, p.Explain(pid))
+    assert (told["story"], told["process"]["args"]) == ([], {})
+    assert not [e for e in ask(m, two.bob, p.Events()) if e["pid"] == pid and e["why"]]
+    (own,) = ask(m, two.ann, p.Ps(pid=pid))
+    assert own["args"]["steps"] == 100_000
+    ask(m, two.ann, p.Kill(pid))
+
+
+def test_only_root_makes_a_process_more_important(m: Machine, two: Two) -> None:
+    with pytest.raises(NotAllowed, match="nice below 0"):
+        as_user(two.ann, lambda: m.ask(p.Submit("spin", {"steps": 1}, nice=-1)))
+    with pytest.raises(NotAllowed):
+        as_user(two.ann, lambda: m.ask(p.Submit("spin", {"steps": 1}, cls="interactive")))
+    pid = submit(m, two.ann, "spin", steps=100_000)
+    assert ask(m, two.ann, p.Renice(pid, 5, "idle"))["nice"] == 5
+    for request in (p.Renice(pid, 4), p.Renice(pid, cls="batch"), p.Renice(pid, deadline_s=60)):
+        with pytest.raises(NotAllowed, match="only root"):
+            ask(m, two.ann, request)
+    assert m.ask(p.Renice(pid, -5, "batch"))["nice"] == -5
+    ask(m, two.ann, p.Kill(pid))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [p.Shutdown(), p.Dmesg(), p.Services("reload"),
+     *(p.Services(action, "models") for action in ACTIONS)],
+)  # fmt: skip
+def test_the_kernel_itself_is_roots(m: Machine, two: Two, request_: Any) -> None:
+    with pytest.raises(NotAllowed, match="for root"):
+        ask(m, two.ann, request_)
+
+
+def test_nobody_reads_through_the_kernel_what_he_may_not_read(
+    m: Machine, two: Two, texts: Path
+) -> None:
+    command = ["/bin/sh", "-c", "id -u; echo $HOME; cat /etc/shadow && echo READ"]
+    pid = submit(m, two.ann, "exec", command=command, memory="64MiB", cwd="/")
+    assert m.end_of(pid)["exit_status"] != 0
+    said = b"".join(i["data"] for i in m.collect(p.Logs(pid))[0]).decode()
+    entry = pwd.getpwnam(two.ann)
+    assert said.splitlines()[:2] == [str(entry.pw_uid), entry.pw_dir]
+    assert "READ" not in said
+    with pytest.raises(LlmosError, match="permission"):
+        pretrain(m, two.bob, texts / "anns.txt", "bobs-theft")
+    assert m.end_of(pretrain(m, two.ann, texts / "anns.txt", "anns"))["exit_status"] == 0
+
+
+def test_nobody_reads_through_a_service_what_he_may_not_read(
+    m: Machine, two: Two, texts: Path
+) -> None:
+    anns = {"path": str(texts / "anns.txt")}
+    through = p.Call("handler.relay", {"method": "spy.read", "args": anns})
+    uid = pwd.getpwnam(two.ann).pw_uid
+    assert ask(m, two.ann, p.Call("handler.relay", {"method": "spy.who", "args": {}})) == uid
+    assert m.ask(p.Call("handler.relay", {"method": "spy.who", "args": {}})) == 0
+    for request in (p.Call("spy.read", anns), through):
+        assert ask(m, two.ann, request) == TEXT
+        with pytest.raises(NotAllowed, match=r"anns\.txt: Permission denied"):
+            ask(m, two.bob, request)
+
+
+def test_whether_a_folder_exists_is_not_told_to_who_may_not_see_it(m: Machine, two: Two) -> None:
+    closed = m.home / "closed"
+    (closed / "there").mkdir(parents=True, mode=0o700)
+    closed.chmod(0o700)
+    said = []
+    for name in ("there", "not-there"):
+        for program, more in (("infer", {"prompt": "x"}), ("finetune", {"data": "/x", "out": "y"})):
+            with pytest.raises(LlmosError) as caught:
+                submit(m, two.ann, program, model=str(closed / name), **more)
+            said.append(caught.value.message.replace(name, "NAME"))
+    assert said[:2] == said[2:]
+
+
+def test_a_link_that_a_user_plants_shows_him_nothing_of_roots(m: Machine, two: Two) -> None:
+    secret = m.home / "secret"
+    secret.write_text('{"root": "only"}')
+    secret.chmod(0o600)
+    pid = submit(m, two.ann, "spin", steps=100_000)
+    m.until_step(pid, 1)
+    work = m.home / "procs" / str(pid)
+
+    def plant() -> None:
+        for name in ("log", "stream"):
+            os.rename(work / name, work / f"{name}.old")
+            os.symlink(secret, work / name)
+
+    as_user(two.ann, plant)
+    assert as_user(two.ann, lambda: m.collect(p.Logs(pid))[0]) == []
+    assert as_user(two.ann, lambda: m.collect(p.Attach(pid, follow=False))[0]) == []
+    ask(m, two.ann, p.Kill(pid, 9))
+
+
+def test_a_new_model_is_its_makers_until_it_is_shared(m: Machine, two: Two, texts: Path) -> None:
+    assert m.end_of(pretrain(m, two.ann, texts / "all.txt", "mine"))["exit_status"] == 0
+
+    def names(user: str) -> list[str]:
+        return [e["name"] for e in ask(m, user, p.Call("models.ls"))]
+
+    assert "mine" in names(two.ann)
+    assert "mine" not in names(two.bob)
+    with pytest.raises(BadInput, match="cannot be read"):
+        submit(m, two.bob, "infer", model="mine", prompt="the")
+    for call in ("rm", "share", "show"):
+        with pytest.raises((NotAllowed, NoSuchThing)):
+            ask(m, two.bob, p.Call(f"models.{call}", {"name": "mine"}))
+    ask(m, two.ann, p.Call("models.share", {"name": "mine"}))
+    assert "mine" in names(two.bob)
+    pid = submit(m, two.bob, "infer", model="mine", prompt="the", max_tokens=3)
+    assert m.end_of(pid)["exit_status"] == 0
+    with pytest.raises(NotAllowed, match="mine"):
+        ask(m, two.bob, p.Call("models.rm", {"name": "mine"}))
+    ask(m, two.ann, p.Call("models.share", {"name": "mine", "private": True}))
+    with pytest.raises(BadInput, match="cannot be read"):
+        submit(m, two.bob, "infer", model="mine", prompt="the")
+    ask(m, two.ann, p.Call("models.rm", {"name": "mine"}))
+
+
+def test_each_user_has_an_engine_of_his_own(m: Machine, two: Two) -> None:
+    model = str(shared("models/stories260K"))
+    pids = {u: submit(m, u, "infer", model=model, prompt="Once", max_tokens=3) for u in
+            (two.ann, two.bob)}  # fmt: skip
+    assert all(m.end_of(pid)["exit_status"] == 0 for pid in pids.values())
+    engines = [r for r in m.ask(p.Ps()) if r["program"] == "engine" and r["name"] == "stories260K"]
+    assert sorted(r["user"] for r in engines) == sorted(pids)
+    for row in engines:
+        worker = Path(f"/proc/{m.worker_of(row['pid'])}")
+        status = (worker / "status").read_text()
+        assert f"Uid:\t{pwd.getpwnam(row['user']).pw_uid}\t" in status
+        with pytest.raises(PermissionError):  # what root's zygote knew is not its user's to read
+            as_user(row["user"], (worker / "mem").open)
+
+
+def test_a_worker_outlives_its_kernel_as_its_user(m: Machine, two: Two) -> None:
+    pid = submit(m, two.ann, "spin", steps=100_000)
+    m.until_step(pid, 2)
+    worker = m.worker_of(pid)
+    m.kill_kernel()
+    m.boot()
+    m.until_step(pid, m.step(pid) + 1)
+    assert m.worker_of(pid) == worker
+    ask(m, two.ann, p.Kill(pid))
+
+
+# ---- refusals ----
+
+
+def run_kernel(home: Path, *flags: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "llmos.kernel.main", "--home", str(home), *flags],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_a_group_that_is_not_there_is_said_in_one_line(tmp_path: Path, two: Two) -> None:
+    status, said = run_kernel(tmp_path / "h", "--group", "no-such-group")
+    assert (status, said.count("\n")) == (1, 1)
+    assert "there is no group 'no-such-group'" in said
+
+
+def test_a_home_that_members_cannot_reach_is_refused(two: Two) -> None:
+    closed = Path("/tmp") / f"llmos-closed-{os.getpid()}"
+    closed.mkdir(mode=0o700)
+    try:
+        status, said = run_kernel(closed / "h", "--group", two.group)
+        assert (status, said.count("\n")) == (1, 1)
+        assert f"{closed} is closed to them" in said
+        assert "/var/lib/llmos" in said
+    finally:
+        shutil.rmtree(closed)
+
+
+def test_without_root_no_group_is_served(two: Two) -> None:
+    with pytest.raises(NotAllowed, match="only root can serve a group"):
+        as_user(two.ann, lambda: access.group_of(two.group) and None)
+
+
+def test_who_became_a_user_cannot_become_root_again(two: Two) -> None:
+    def ids() -> list[int]:
+        try:
+            os.seteuid(0)
+        except PermissionError:
+            return [*os.getresuid(), *os.getresgid()]
+        return [0]
+
+    entry = pwd.getpwnam(two.ann)
+    user = access.drop_to(entry.pw_uid)
+    assert user is not None
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            become(user)
+            os.write(write, repr(ids()).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        assert pipe.read() == repr([entry.pw_uid] * 3 + [entry.pw_gid] * 3)
+    os.wait()
