@@ -9,11 +9,15 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import subprocess
+import sys
+import sysconfig
 from typing import TYPE_CHECKING, Any
 
 from llmos.kernel import protocol as p
 from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument, NoSuchThing, NotAllowed
+from llmos.kernel.log import log
 from llmos.kernel.names import user_name
 from llmos.kernel.process import CLASSES, Class, Process
 
@@ -27,6 +31,9 @@ OPEN = frozenset({p.Ping, p.Status, p.Ps, p.Mem, p.Explain, p.Programs, p.Submit
 OWN = frozenset(
     {p.Kill, p.Renice, p.Pause, p.Resume, p.Checkpoint, p.Wait, p.Attach, p.Logs, p.Send}
 )
+
+# The user who owns nothing, by convention; it need not be in the database of users.
+_NOBODY = 65534
 
 # What others than its user do not see of a process: what was said to it, and what it said.
 HIDDEN: dict[str, Any] = {
@@ -47,6 +54,39 @@ def group_of(name: str) -> grp.struct_group | None:
         return grp.getgrnam(name)
     except KeyError:
         raise NoSuchThing(f"there is no group {name!r}", "`getent group` lists them") from None
+
+
+def check_members_can_run(group: grp.struct_group) -> None:
+    """Raise NotAllowed where members of the group cannot read what llmos is installed in.
+
+    Warns where only the standard library is closed to them: what the zygote has loaded is there for
+    every worker, and the rest fails when it is imported.
+    """
+    if not all(_can_read(path, group) for path in (__file__, sysconfig.get_path("purelib"))):
+        raise NotAllowed(
+            f"members of {group.gr_name} cannot read the environment that llmos is installed in "
+            f"({sys.prefix})",
+            "workers become the users who submit them: install llmos where everybody may read it, "
+            "as in /opt/llmos, or `chmod a+rX` it and the folders above it",
+        )
+    if not _can_read(os.__file__, group):
+        log(
+            f"warning: members of {group.gr_name} cannot read Python's own library "
+            f"({os.path.dirname(os.__file__)}): a worker of theirs fails at the first module of it "
+            "that the zygote has not loaded"
+        )
+
+
+def _can_read(path: str, group: grp.struct_group) -> bool:
+    """Whether somebody who is in this group, and nothing else, can read a file.
+
+    Tried, not computed from modes: there are access lists, and mounts that squash root.
+    """
+    done = subprocess.run(
+        ["test", "-r", path],
+        user=_NOBODY, group=group.gr_gid, extra_groups=[group.gr_gid], cwd="/", check=False,
+    )  # fmt: skip
+    return done.returncode == 0
 
 
 def is_admin(uid: int) -> bool:

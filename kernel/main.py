@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from llmos.kernel import config
-from llmos.kernel.access import group_of
+from llmos.kernel.access import check_members_can_run, group_of
 from llmos.kernel.errors import Busy, LlmosError
 from llmos.kernel.home import Home
 from llmos.kernel.kernel import Kernel
@@ -65,6 +65,7 @@ def serve_group(cfg: config.Config, home: Home) -> None:
     if group is None:
         return
     home.open_to(group)
+    check_members_can_run(group)
     for name in list(os.environ):
         if not KEPT_VARIABLES.fullmatch(name):
             del os.environ[name]

@@ -302,9 +302,9 @@ def test_a_worker_outlives_its_kernel_as_its_user(m: Machine, two: Two) -> None:
 # ---- refusals ----
 
 
-def run_kernel(home: Path, *flags: str) -> tuple[int, str]:
+def run_kernel(home: Path, *flags: str, python: str = sys.executable) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "llmos.kernel.main", "--home", str(home), *flags],
+        [python, "-P", "-m", "llmos.kernel.main", "--home", str(home), *flags],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr
@@ -326,6 +326,23 @@ def test_a_home_that_members_cannot_reach_is_refused(two: Two) -> None:
         assert "/var/lib/llmos" in said
     finally:
         shutil.rmtree(closed)
+
+
+def test_an_environment_that_members_cannot_read_is_refused(two: Two) -> None:
+    folder = Path("/tmp") / f"llmos-closed-{os.getpid()}"
+    folder.mkdir(mode=0o755)
+    try:
+        venv.create(folder / "env", symlinks=True)
+        (site,) = folder.glob("env/lib/*/site-packages")
+        ours = [p for p in sys.path if p.endswith("site-packages")]
+        (site / "ours.pth").write_text(f"import site; list(map(site.addsitedir, {ours!r}))\n")
+        (folder / "env").chmod(0o700)
+        python = str(folder / "env/bin/python")
+        status, said = run_kernel(folder / "h", "--group", two.group, python=python)
+        assert (status, said.count("\n")) == (1, 1)
+        assert f"members of {two.group} cannot read the environment" in said
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_without_root_no_group_is_served(two: Two) -> None:
