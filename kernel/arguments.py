@@ -89,8 +89,8 @@ def _value(f: dict[str, Any], value: Any) -> Any:
     kind = f["type"].rstrip("?")
     if f.get("interval"):
         return _interval(f, value)
-    if value is None and f["type"].endswith("?"):
-        return None
+    if (value is None and f["type"].endswith("?")) or kind == "any":
+        return value
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     expected = {"str": str, "int": int, "float": float, "bool": bool, "list": list}[kind]

@@ -7,9 +7,11 @@ after a flag that follows another one (`run MODEL --max-tokens 5 "PROMPT"`), nor
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmos.shell.resolve import nearest_hint
@@ -35,7 +37,8 @@ class Usage(Exception):
 
 @dataclass(frozen=True)
 class Option:
-    """A flag or a positional argument. `type`: str, int, float, bool, list or duration.
+    """A flag or a positional argument. `type`: str, int, float, bool, list, duration or
+    any (JSON, or @FILE with JSON in it).
 
     `complete` names what can stand there: pid, model, path, program, command, service, signal,
     executable (then paths).
@@ -67,7 +70,7 @@ class Option:
         """The name of the value in help: `--steps N`."""
         if self.metavar:
             return self.metavar
-        kinds = {"int": "N", "float": "X", "duration": "TIME"}
+        kinds = {"int": "N", "float": "X", "duration": "TIME", "any": "JSON"}
         return self.name.upper() if self.positional else kinds.get(self.type, self.name.upper())
 
     @property
@@ -245,8 +248,22 @@ def convert(option: Option, word: str) -> Any:
             return _number(option, word)
         case "duration":
             return _duration(option, word)
+        case "any":
+            return _json(option, word)
         case _:
             return word
+
+
+def _json(option: Option, word: str) -> Any:
+    try:
+        text = Path(word[1:]).read_text() if word.startswith("@") else word
+        return json.loads(text)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise Usage(f"{option.label}: {word[1:]} cannot be read: {exc}") from None
+    except ValueError as exc:
+        raise Usage(
+            f"{option.label} takes JSON: {exc}", "write it in quotes, or give a file as @FILE"
+        ) from None
 
 
 def _check_limits(option: Option, word: str, value: float) -> None:

@@ -438,14 +438,16 @@ def _describe_field(f: Any, hint: Any) -> dict[str, Any]:
     }
 
 
-_TYPES = {str: "str", int: "int", float: "float", bool: "bool", list[str]: "list"}
+_TYPES: dict[Any, str] = {
+    str: "str", int: "int", float: "float", bool: "bool", list[str]: "list", Any: "any",
+}  # fmt: skip
 
 
 def _type_name(hint: Any) -> str:
-    """One of str, int, float, bool, list; a `?` at the end where None is allowed."""
+    """One of str, int, float, bool, list, any (plain values); `?` at the end: None is allowed."""
     if hint in _TYPES:
         return _TYPES[hint]
     inner = [h for h in getattr(hint, "__args__", ()) if h is not type(None)]
     if len(inner) == 1 and inner[0] in _TYPES:
         return _TYPES[inner[0]] + "?"
-    raise TypeError(f"an argument schema knows str, int, float, bool, list[str], not {hint}")
+    raise TypeError(f"an argument schema knows str, int, float, bool, list[str], Any, not {hint}")

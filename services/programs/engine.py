@@ -1,6 +1,6 @@
 """Engine: one language model in memory, and the guests (infer, chat) that it serves.
 
-Here are only its schema and its plan; the work is done in `engine_host`, which loads torch.
+Here are only its schema and its plan; the work is done in `services.engine`, which loads torch.
 Loading and unloading an engine are the kernel's decisions, and so is how long it is kept.
 """
 
@@ -15,7 +15,7 @@ from llmos.services.programs.base import Context, Footprint, Guest, Idle, Progra
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmos.services.programs.engine_host import Host
+    from llmos.services.engine.host import Host
 
 
 class Engine(Program):
@@ -27,8 +27,8 @@ class Engine(Program):
     on_interrupt = "kill"
 
     preload = (
-        "llmos.services.programs.engine_host",
-        "llmos.services.programs.engine_plan",
+        "llmos.services.engine.host",
+        "llmos.services.engine.plan",
     )
 
     @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Engine(Program):
 
     @classmethod
     def plan(cls, args: Any) -> Footprint:
+        from llmos.services.engine.plan import plan_engine
         from llmos.services.model.load import allow_code
-        from llmos.services.programs.engine_plan import plan_engine
 
         allow_code(args.trust_remote_code)
         return plan_engine(args.model, args.dtype)
 
     def load(self, ctx: Context) -> None:
+        from llmos.services.engine.host import Host
         from llmos.services.model.load import allow_code
-        from llmos.services.programs.engine_host import Host
 
         allow_code(self.args.trust_remote_code)
         threads = self.args.threads or ctx.threads

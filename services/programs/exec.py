@@ -49,7 +49,7 @@ class Exec(Program):
 
     @dataclass(frozen=True)
     class Args:
-        command: list[str] = arg(  # noqa: RUF009  (it has no default)
+        command: list[str] = arg(
             help="the command and its arguments, to the end of the line", metavar="COMMAND",
             positional=True, command=True,
         )  # fmt: skip

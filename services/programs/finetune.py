@@ -37,9 +37,7 @@ class Finetune(TrainingProgram):
         lora_rank: int = arg(8, help="rank of the adapter", minimum=1)
         lora_alpha: int = arg(16, help="scale of the adapter", minimum=0)
         lora_dropout: float = arg(0.0, help="dropout of the adapter", minimum=0, maximum=0.99)
-        lora_targets: list[str] = arg(  # noqa: RUF009  (makes a field, as for the others)
-            [], help="linear layers it changes (default: all)"
-        )
+        lora_targets: list[str] = arg([], help="linear layers it changes (default: all)")
         epochs: float = arg(3.0, help="times the data is seen", minimum=0.001, shape=False)
         steps: int = arg(0, help="steps of training, in place of epochs", minimum=0, shape=False)
         lr: float = arg(5e-4, help="highest learning rate", minimum=0, shape=False)

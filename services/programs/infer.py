@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmos.services.engine.arguments import ENGINE_ARGS, MOST_LOGPROBS, Generation
 from llmos.services.programs.base import Footprint, Program, arg
 
 
@@ -19,45 +20,42 @@ class Infer(Program):
     group = "inference"
     default_class = "interactive"
     engine = "engine"
-    engine_args = ("model", "dtype", "keep_alive_s", "trust_remote_code")
+    engine_args = ENGINE_ARGS
     on_interrupt = "kill"
 
     @dataclass(frozen=True)
-    class Args:
-        model: str = arg(
-            help="registry name, folder or hub name", metavar="MODEL", positional=True, model=True
-        )
+    class Args(Generation):
         prompt: str = arg(
-            help="the text to continue", metavar="PROMPT", positional=True, plan_without=True
+            "", help="the text to continue", metavar="PROMPT", positional=True, plan_without=True
         )
-        max_tokens: int = arg(128, help="make at most so many tokens", minimum=1)
-        temperature: float = arg(0.8, help="0 takes the likeliest token (greedy)", minimum=0)
-        top_k: int = arg(40, help="draw from the K likeliest tokens; 0: from all", minimum=0)
-        top_p: float = arg(
-            0.95,
-            help="draw from the likeliest tokens that hold this probability",
+        messages: Any = arg(
+            None, help='instead of a prompt, a conversation: [{"role": "user", "content": ...}]'
+        )
+        prompt_ids: Any = arg(None, help="instead of a prompt, its token ids: [1, 15043, ...]")
+        tools: Any = arg(None, help="what the model may call, for its chat template")
+        n: int = arg(1, help="so many answers to one prompt", minimum=1, maximum=128)
+        beams: int = arg(
+            1, help="beam search with so many beams, instead of drawing", minimum=1, maximum=64
+        )
+        length_penalty: float = arg(
+            1.0, help="beam search: a score is divided by length ** this; above 0 favours long ones"
+        )
+        prompt_logprobs: int | None = arg(
+            None,
+            help="tell the log-probability of each token of the prompt, and the N likeliest",
+            metavar="N",
             minimum=0,
-            maximum=1,
+            maximum=MOST_LOGPROBS,
         )
-        seed: int | None = arg(None, help="the same seed gives the same text; default: the pid")
-        stop: list[str] = arg(  # noqa: RUF009  (each gets a list of its own)
-            [], help="end before this text appears (repeatable)", metavar="TEXT"
-        )
+        schema: Any = arg(None, help="make JSON of this JSON schema; true: any JSON object")
+        regex: str = arg("", help="make text that matches this regular expression")
+        choice: list[str] = arg([], help="make one of these texts (repeatable)", metavar="TEXT")
         raw: bool = arg(False, help="give the prompt as it is, without the model's chat template")
-        dtype: str = arg(
-            "auto", help="number format of the weights", choices=("auto", "float32", "bfloat16")
-        )
-        keep_alive_s: float = arg(
-            300.0, help="keep the model loaded so long after its last use; -1: for ever", minimum=-1
-        )
-        trust_remote_code: bool = arg(
-            False, help="run code that lies in the model's folder, for this run"
-        )
 
     @classmethod
     def plan(cls, args: Any) -> Footprint:
+        from llmos.services.engine.plan import plan_guest
         from llmos.services.model.load import allow_code
-        from llmos.services.programs.engine_plan import plan_guest
 
         allow_code(args.trust_remote_code)
         # A token of the prompt is a byte of it at least.

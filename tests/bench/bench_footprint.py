@@ -203,7 +203,7 @@ def arguments(case: Case, folder: Path) -> dict[str, Any]:
 def predict(case: Case, folder: Path) -> int:
     """Private bytes of the plan."""
     if case.program == "engine":
-        from llmos.services.programs.engine_plan import serving
+        from llmos.services.engine.plan import serving
 
         footprint = serving(case.args["model"], case.args["dtype"], case.guests, case.tokens)
     else:

@@ -24,7 +24,7 @@ class Sample(Program):
         loud: bool = arg(False, help="say more")
         kind: str = arg("rnn", help="which", choices=("rnn", "lstm"))
         seed: int | None = arg(None, help="of what")
-        stop: list[str] = arg([], help="where")  # noqa: RUF009
+        stop: list[str] = arg([], help="where")
         model: str = arg("", help="to begin with", model=True)
 
 

@@ -96,7 +96,7 @@ def test_bfloat16_in_another_layout_gives_the_same_tokens(name: str, tmp_path: P
 def test_a_prompt_in_pieces_gives_the_same_tokens(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmos.services.programs.engine_host.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("llmos.services.engine.host.PREFILL_TOKENS", 7)
     run = engine(tmp_path, llama)
     prompt = "the cat sat on the mat and the dog ran " * 2
     ask(run, 1, prompt, max_tokens=20)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmos.services.programs.engine_text import StopStrings, TextStream
+from llmos.services.engine.text import StopStrings, TextStream
 from support.shared import shared
 from support.small_models import make_tokenizer
 

@@ -15,11 +15,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from llmos.kernel.errors import BadArgument, BadInput
+from llmos.services.engine.cache import GuestCache
+from llmos.services.engine.model import LoadedModel
+from llmos.services.engine.sampling import Sampler
+from llmos.services.engine.text import StopStrings, TextStream
 from llmos.services.programs.base import Guest
-from llmos.services.programs.engine_cache import GuestCache
-from llmos.services.programs.engine_model import LoadedModel
-from llmos.services.programs.engine_sampler import Sampler
-from llmos.services.programs.engine_text import StopStrings, TextStream
 
 
 @dataclass

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from llmos.kernel.errors import BadArgument, BadInput, LlmosError
+from llmos.services.engine.model import LoadedModel
+from llmos.services.engine.replay import replay
+from llmos.services.engine.session import ChatSession, InferSession, Session
 from llmos.services.model import safepoints
 from llmos.services.model.load import load_causal_lm, load_tokenizer
 from llmos.services.programs.base import Context, Done, Gate, Guest, Idle, Report
 from llmos.services.programs.chat import Chat
-from llmos.services.programs.engine_model import LoadedModel
-from llmos.services.programs.engine_replay import replay
-from llmos.services.programs.engine_session import ChatSession, InferSession, Session
 from llmos.services.programs.infer import Infer
 
 # A prompt is computed in pieces of this many tokens: between two of them a more urgent guest

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmos.kernel.errors import BadArgument, BadInput
-from llmos.services.programs.engine_session import ChatSession, Session
+from llmos.services.engine.session import ChatSession, Session
 
 
 @dataclass

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from llmos.kernel.errors import BadInput
+from llmos.services.engine.cache import ROOM_TOKENS, GuestCache
+from llmos.services.engine.layout import BETWEEN_BYTES, packs, widens
 from llmos.services.model.dryrun import Books
 from llmos.services.model.footprint import with_layers
 from llmos.services.model.load import (
@@ -27,8 +29,6 @@ from llmos.services.model.load import (
     weight_files,
 )
 from llmos.services.programs.base import Footprint, Segment, planned_device
-from llmos.services.programs.engine_cache import ROOM_TOKENS, GuestCache
-from llmos.services.programs.engine_layout import BETWEEN_BYTES, packs, widens
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -148,7 +148,7 @@ def _weights(folder: Path, asked: torch.dtype, packed: bool) -> list[Segment]:
 
 
 def _is_turned(name: str, shape: list[int]) -> bool:
-    """At most these are copied by engine_layout: a plan cannot tell a layer from a table."""
+    """At most these are copied by engine.layout: a plan cannot tell a layer from a table."""
     return len(shape) == 2 and "embed" not in name and widens(shape[0], shape[1])
 
 

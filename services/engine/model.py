@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmos.services.programs.engine_cache import GuestCache
-from llmos.services.programs.engine_layout import lay_out
+from llmos.services.engine.cache import GuestCache
+from llmos.services.engine.layout import lay_out
 
 
 class LoadedModel:
