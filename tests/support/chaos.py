@@ -274,13 +274,14 @@ class Chaos:
 
     def fill_disk(self) -> None:
         ballast = self.m.home / "ballast"
-        with ballast.open("wb") as f, contextlib.suppress(OSError):
+        # Unbuffered: what is written at the close would meet the full disk outside of this.
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as f:
             while True:
                 f.write(b"x" * MIB)
         seen = {j.pid: self._step(j.pid) for j in self.jobs}
         with contextlib.suppress(AssertionError):
             wait_until(lambda: any(self._step(k) > v + 2 for k, v in seen.items()), "a step", 20)
-        ballast.unlink()
+        ballast.unlink(missing_ok=True)
 
     def _step(self, pid: int) -> int:
         with contextlib.suppress(OSError, LlmosError, IndexError):
