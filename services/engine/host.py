@@ -1,84 +1,322 @@
-"""The inside of an engine: which guest gets the next token, and what is told about it.
+"""The inside of an engine: which guests get tokens in a step, and what is told about it.
 
-Each step computes one token for the most urgent guest, or one piece of its prompt, and reports
+Each step computes one packed row: a token for everybody who decodes, and pieces of prompts. It reports
 what it computed for whom, so that the kernel can charge it.
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmos.kernel.errors import BadArgument, BadInput, LlmosError
-from llmos.services.engine.model import LoadedModel
+from llmos.kernel.errors import BadArgument, BadInput, LlmosError, NoMemory
+from llmos.services.engine import batch
+from llmos.services.engine.batch import Candidate, Pace, Rank
+from llmos.services.engine.embedding import EmbedSession
+from llmos.services.engine.loaded import Loaded
+from llmos.services.engine.model import ALL, LAST, NOTHING, Work
+from llmos.services.engine.plan import kv_budget
 from llmos.services.engine.replay import replay
-from llmos.services.engine.session import ChatSession, InferSession, Session
+from llmos.services.engine.sampling import Choice, choose, score
+from llmos.services.engine.session import Answer, ChatSession, InferSession, Served, Session, Text
 from llmos.services.model import safepoints
 from llmos.services.model.load import load_causal_lm, load_tokenizer
 from llmos.services.programs.base import Context, Done, Gate, Guest, Idle, Report
 from llmos.services.programs.chat import Chat
+from llmos.services.programs.embed import Embed
 from llmos.services.programs.infer import Infer
 
-# A prompt is computed in pieces of this many tokens: between two of them a more urgent guest
-# gets its token.
-PREFILL_TOKENS = 512
-
 ALL_CLASSES = 2  # the floor at which the least urgent class (idle) still gets steps
+
+
+@dataclass
+class Part:
+    """What one guest has in a step: the work of some of its texts."""
+
+    session: Served
+    texts: list[Any]
+    works: list[Work]
+    piece: int  # tokens of a prompt; 0: one for each answer
 
 
 class Host:
     """One loaded model and the sessions of its guests."""
 
-    def __init__(self, model: str, dtype: str, device: str, threads: int, gate: Gate) -> None:
+    def __init__(
+        self, model: str, dtype: str, device: str, threads: int, gate: Gate, kv_bytes: int = 0
+    ) -> None:
         torch.set_num_threads(threads)
         with gate.away():
             loaded: Any = load_causal_lm(model, dtype)
             tokenizer = load_tokenizer(model)
-        self._loaded = LoadedModel(loaded.to(device), tokenizer)
-        safepoints.install(self._loaded.model, gate)
-        self._sessions: dict[int, Session] = {}
+        budget = kv_bytes or kv_budget(loaded.config.get_text_config(), loaded.dtype)
+        self._loaded = Loaded(loaded.to(device), tokenizer, budget)
+        safepoints.install(loaded, gate)
+        self._sessions: dict[int, Served] = {}
+        self._pace = Pace()
         self._steps = 0
         self.floor = ALL_CLASSES
 
+    # ---- a step ----
+
+    @torch.inference_mode()
     def step(self, ctx: Context) -> Report | Idle:
-        session = self._most_urgent()
-        if session is None:
+        parts = self._parts(ctx)
+        if not parts:
             return Idle()
         began_s = ctx.clock()
         self._steps += 1
-        session.last_served = self._steps
-        ids = session.take(PREFILL_TOKENS)
-        with torch.inference_mode():
-            logits = self._loaded.forward(session.cache, ids)
-            token = session.sampler(logits) if session.prompt_is_computed else None
-        if token is not None:
-            self._deliver(ctx, session, token, ctx.clock() - began_s)
-        return Report(self._steps, shares={session.guest.pid: float(len(ids))})
+        works = [w for part in parts for w in part.works]
+        if isinstance(parts[0].session, EmbedSession):
+            self._embed(ctx, parts, works)
+        else:
+            scores = self._loaded.model.forward(works)
+            self._after(ctx, parts, scores, began_s)
+        piece = sum(len(w.ids) for part in parts if part.piece for w in part.works)
+        self._pace.took(piece, ctx.clock() - began_s)
+        shares = {
+            part.session.guest.pid: float(sum(len(w.ids) for w in part.works)) for part in parts
+        }
+        return Report(self._steps, shares=shares)
+
+    def _parts(self, ctx: Context) -> list[Part]:
+        """The next step's work. Who finds no room waits; whoever is less urgent makes room for him."""
+        runnable = [s for s in self._sessions.values() if self._may_run(s)]
+        parts: list[Part] = []
+        for share in batch.plan([self._candidate(s) for s in runnable], self._pace):
+            part = self._part(self._sessions[share.pid], share.piece)
+            if part is not None:
+                parts.append(part)
+        # Who has made room for a later one has no memory any more.
+        whole = [p for p in parts if all(text.memory is not None for text in p.texts)]
+        if runnable and not whole:
+            self._give_up(ctx, min(runnable, key=lambda s: s.guest.rank))
+        return whole
+
+    def _give_up(self, ctx: Context, session: Served) -> None:
+        """Nobody else holds anything, and it is still too much: it would wait for ever."""
+        pid = session.guest.pid
+        self.drop(pid)
+        error = NoMemory(
+            f"the texts of process {pid} do not fit in the engine's memory for keys and values",
+            "ask for fewer answers at once, or give the engine more: --kv-memory",
+        )
+        ctx.guest_done(pid, Done(1, _one_line(error), {"error": error.to_wire()}))
+
+    def _may_run(self, session: Served) -> bool:
+        return session.runnable and session.guest.rank[0] <= self.floor
+
+    def _candidate(self, session: Served) -> Candidate:
+        return Candidate(
+            session.guest.pid, Rank(*session.guest.rank), session.pending, len(session.texts),
+            session.last_served, session.exact, session.kind,
+        )  # fmt: skip
+
+    def _part(self, session: Served, piece: int) -> Part | None:
+        """The work of one guest, with room for it; None when there is none now.
+
+        Of several texts those at the end wait when there is not room for all.
+        """
+        texts, works = [], []
+        for text in session.texts if piece == 0 else session.texts[:1]:
+            if text.memory is None:
+                self._start(session, text)
+            count = min(piece or batch.MOST_PIECE, len(text.ids) - text.computed)
+            if not self._grow(session, text, text.computed + count):
+                break
+            ids = text.ids[text.computed : text.computed + count]
+            wanted = session.wanted(text, text.computed + count == len(text.ids))
+            works.append(Work(text.memory, ids, text.computed, wanted, session.adapter))
+            texts.append(text)
+        if not works:
+            self._forget(session)
+            return None
+        session.last_served = self._steps + 1
+        return Part(session, texts, works, piece)
+
+    def _start(self, session: Served, text: Text) -> None:
+        """What is known of a text; of a chat's, that of its last turn."""
+        before, session.memory = session.memory, None
+        text.memory, text.computed = self._loaded.model.begin(
+            text.ids, self._salt(session), session.shares_prefix, before
+        )
+        if text.tokens == 0:
+            session.cached_tokens = text.computed
+
+    def _grow(self, session: Served, text: Text, tokens: int) -> bool:
+        while not self._loaded.model.grow(text.memory, text.computed, tokens):
+            victim = self._victim(session)
+            if victim is not None:
+                self._forget(victim)
+                continue
+            later = [t for t in session.texts if t.index > text.index and t.memory is not None]
+            if not later:
+                return False
+            self._free(later[-1])
+        return True
+
+    def _victim(self, asking: Served) -> Served | None:
+        """Who makes room: who waits for his user first, else the least urgent one; never somebody
+        more urgent than who asks. Who came last of equals goes first, so that somebody is done."""
+        holders = [s for s in self._sessions.values() if s is not asking and _holds(s)]
+        resting = [s for s in holders if not s.runnable]
+        if resting:
+            return min(resting, key=lambda s: s.last_served)
+        later = [s for s in holders if s.guest.rank > asking.guest.rank]
+        return max(later, key=lambda s: s.guest.rank) if later else None
+
+    def _forget(self, session: Served) -> None:
+        """Its memory is free; it is computed again, as far as nobody takes the blocks meanwhile."""
+        if session.memory is not None:
+            self._loaded.model.release(session.memory)
+            session.memory = None
+        for text in session.texts:
+            self._free(text)
+
+    def _free(self, text: Text) -> None:
+        if text.memory is not None:
+            self._loaded.model.release(text.memory)
+            text.memory, text.computed = None, 0
+
+    def _salt(self, session: Served) -> Any:
+        """Texts of one salt share blocks: keys and values depend on the adapter."""
+        return getattr(session.adapter, "key", None)
+
+    # ---- after the forward ----
+
+    def _after(self, ctx: Context, parts: Sequence[Part], scores: Tensor, began_s: float) -> None:
+        """The forward is done: what is computed is kept, and the next tokens are chosen."""
+        rows: list[int] = []
+        takers: list[tuple[Session, Answer]] = []
+        at = 0
+        for part in parts:
+            session = part.session
+            assert isinstance(session, Session)
+            for answer, w in zip(part.texts, part.works, strict=True):
+                answer.computed += len(w.ids)
+                self._loaded.model.done(answer.memory, answer.ids, answer.computed)
+                told = {NOTHING: 0, LAST: 1, ALL: len(w.ids)}[w.wanted]
+                if w.wanted == ALL:
+                    self._score_prompt(ctx, session, w, scores[at : at + told])
+                at += told
+                if answer.computed < len(answer.ids):
+                    continue
+                if session.args.max_tokens == 0:
+                    self._finish(ctx, session, answer, "length")
+                    continue
+                for taker in self._takers(session, answer):
+                    rows.append(at - 1)
+                    takers.append((session, taker))
+        if takers:
+            wanted = scores if rows == list(range(len(scores))) else scores[rows]
+            choices = choose(wanted, [answer.sampler for _, answer in takers])
+            self._count_time(takers, ctx.clock() - began_s)
+            for (session, answer), choice in zip(takers, choices, strict=True):
+                self._deliver(ctx, session, answer, choice)
+
+    def _count_time(self, takers: Sequence[tuple[Session, Answer]], spent_s: float) -> None:
+        sessions = {session.guest.pid: session for session, _ in takers}
+        for session in sessions.values():
+            session.times.took(sum(1 for taker, _ in takers if taker is session), spent_s)
+
+    def _takers(self, session: Session, answer: Answer) -> list[Answer]:
+        """Whose next token comes from an answer's scores: at the end of the prompt of all that begin
+        with it."""
+        if answer.tokens or len(session.answers) + len(session.ended) > 1:
+            return [answer]
+        new = session.split()
+        for other in new:
+            other.memory = self._loaded.model.fork(answer.memory)
+            other.computed = answer.computed
+        return [answer, *new]
+
+    def _score_prompt(self, ctx: Context, session: Session, w: Work, scores: Tensor) -> None:
+        """Tell what the model thought of each token of a prompt, when all of it is computed."""
+        assert isinstance(session, InferSession)
+        ids = session.answers[0].ids
+        following = ids[w.start + 1 : w.start + 1 + len(w.ids)]
+        found = score(scores[: len(following)], following, session.args.prompt_logprobs)
+        session.prompt_scores.extend(found)
+        if w.start + len(w.ids) == session.prompt_tokens:
+            told = [None, *(self._told(choice) for choice in session.prompt_scores)]
+            ctx.emit(
+                "prompt", pid=session.guest.pid, tokens=ids[: session.prompt_tokens], logprobs=told
+            )
+
+    def _deliver(self, ctx: Context, session: Session, answer: Answer, choice: Choice) -> None:
+        text = session.accept(answer, choice)
+        more: dict[str, Any] = {}
+        if session.args.logprobs is not None:
+            more["logprobs"] = [self._told(choice)]
+        if session.numbered:
+            more["index"] = answer.index
+        ctx.emit("text", pid=session.guest.pid, text=text, tokens=[choice.token], **more)
+        if answer.finish_reason:
+            self._finish(ctx, session, answer, answer.finish_reason)
+
+    def _told(self, choice: Choice) -> dict[str, Any]:
+        """An entry of `logprobs` in a record."""
+        text = self._loaded.token_text
+        top = [{"id": t, "text": text(t), "logprob": p} for t, p in choice.top]
+        return {
+            "id": choice.token,
+            "text": text(choice.token),
+            "logprob": choice.logprob,
+            "top": top,
+        }
+
+    def _embed(self, ctx: Context, parts: Sequence[Part], works: Sequence[Work]) -> None:
+        states = self._loaded.model.hidden(works)
+        at = 0
+        for part in parts:
+            session = part.session
+            assert isinstance(session, EmbedSession)
+            pid = session.guest.pid
+            for text, w in zip(part.texts, part.works, strict=True):
+                session.add(text, states[at : at + len(w.ids)])
+                text.computed += len(w.ids)
+                at += len(w.ids)
+                if text.computed < len(text.ids):
+                    continue
+                vector, tokens = session.vector(), len(text.ids)
+                ctx.emit("embedding", pid=pid, index=text.index, vector=vector, tokens=tokens)
+                self._free(text)
+                if session.end(text):
+                    del self._sessions[pid]
+                    ctx.guest_done(pid, Done(result=session.statistics()))
+
+    # ---- guests ----
 
     def admit(self, ctx: Context, guest: Guest) -> None:
         """A guest arrives. Raises BadInput when the model cannot take its prompt."""
         if guest.program == "infer":
-            session = InferSession(guest, Infer.Args(**guest.args), self._loaded)
-            session.start()
-            self._join(session)
-            self._go_on(ctx, session)
+            infer = InferSession(guest, Infer.Args(**guest.args), self._loaded)
+            infer.start()
+            self._join(infer)
+            self._go_on(ctx, infer)
+        elif guest.program == "embed":
+            embed = EmbedSession(guest, Embed.Args(**guest.args), self._loaded)
+            embed.start()
+            self._join(embed)
         elif guest.program == "chat":
             self._admit_chat(ctx, guest)
         else:
             raise BadArgument(f"an engine cannot serve the program {guest.program!r}")
 
     def drop(self, pid: int) -> None:
-        """Forget a guest; its cache is freed with it."""
-        self._sessions.pop(pid, None)
+        """Forget a guest; its memory is free with it."""
+        session = self._sessions.pop(pid, None)
+        if session is not None:
+            self._forget(session)
 
     def trim(self) -> None:
-        """Give back the room that the guests' caches keep for tokens to come."""
-        for session in self._sessions.values():
-            session.cache.trim()
+        """Give back what no guest's text needs."""
+        self._loaded.model.trim()
 
     def rank(self, pid: int, rank: tuple[int, int, int], parked: bool) -> None:
         """A guest was reniced, paused or resumed."""
@@ -93,14 +331,12 @@ class Host:
         except BadArgument as exc:
             ctx.emit("note", pid=pid, text=_one_line(exc))
         session = self._sessions.get(pid)
-        if isinstance(session, ChatSession) and session.answer is None:
+        if isinstance(session, ChatSession) and not session.is_answering:
             ctx.guest_idle(pid)  # whoever sent it took it for work
 
     def tensors(self) -> Iterator[Tensor]:
-        """Weights, and the cache of every guest."""
-        yield from safepoints.tensors_of(self._loaded.model)
-        for session in self._sessions.values():
-            yield from session.cache.tensors()
+        """Weights, and the memory of every guest."""
+        yield from self._loaded.model.tensors()
 
     def _message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
         session = self._sessions.get(pid)
@@ -109,40 +345,32 @@ class Host:
         match message:
             case {"prompt": str(prompt)}:
                 session.turns.append(prompt)
-                if session.answer is None:
+                if not session.is_answering:
                     self._next_turn(ctx, session)
             case {"stop": True}:
-                if session.answer is not None:
+                if session.is_answering:
                     ctx.emit("text", pid=pid, text=session.interrupt(), tokens=[])
-                    self._finish(ctx, session, "interrupted")
+                    self._finish(ctx, session, session.answers[0], "interrupted")
             case {"set": dict(values)}:
                 session.change(values)
+            case {"history": list(messages)}:
+                if session.is_answering:
+                    raise BadArgument("the conversation cannot change while it is answered")
+                ctx.emit("history", pid=pid, turns=session.remember(messages))
             case _:
                 raise BadArgument(
                     "a chat cannot read this message",
-                    'it takes {"prompt": TEXT}, {"stop": true} or {"set": {...}}',
+                    'it takes {"prompt": TEXT}, {"stop": true}, {"set": {...}} or {"history": [...]}',
                 )
 
-    def _most_urgent(self) -> Session | None:
-        """The runnable guest of the smallest class and nice; among equals who waits longest."""
-        best: Session | None = None
-        best_key = (0, 0, 0)
-        for session in self._sessions.values():
-            cls, nice, _ = session.guest.rank
-            key = (cls, nice, session.last_served)
-            if session.runnable and cls <= self.floor and (best is None or key < best_key):
-                best, best_key = session, key
-        return best
-
-    def _deliver(self, ctx: Context, session: Session, token: int, spent_s: float) -> None:
-        text, finish_reason = session.accept(token, spent_s)
-        ctx.emit("text", pid=session.guest.pid, text=text, tokens=[token])
-        if finish_reason:
-            self._finish(ctx, session, finish_reason)
-
-    def _finish(self, ctx: Context, session: Session, finish_reason: str) -> None:
+    def _finish(self, ctx: Context, session: Session, answer: Answer, finish_reason: str) -> None:
         pid = session.guest.pid
-        statistics = session.end(finish_reason)
+        if isinstance(session, ChatSession):
+            session.memory, answer.memory = answer.memory, None
+        self._free(answer)
+        if not session.end(answer, finish_reason):
+            return
+        statistics = session.statistics()
         if isinstance(session, ChatSession):
             ctx.emit("turn", pid=pid, **statistics)
             self._next_turn(ctx, session)
@@ -171,7 +399,7 @@ class Host:
         session = ChatSession(guest, Chat.Args(**guest.args), self._loaded)
         self._join(session)
         self._go_on(ctx, session)
-        if session.answer is None and guest.pid in self._sessions:
+        if not session.is_answering and guest.pid in self._sessions:
             self._next_turn(ctx, session)
 
     def _go_on(self, ctx: Context, session: Session) -> None:
@@ -179,18 +407,23 @@ class Host:
         done = replay(session, session.guest.records)
         session.guest.records = []
         session.resume()
-        if done.stopped and session.answer is not None:
+        if done.stopped and session.is_answering:
             rest = session.interrupt()
             if not done.rest_is_sent:
                 ctx.emit("text", pid=session.guest.pid, text=rest, tokens=[])
-            self._finish(ctx, session, "interrupted")
-        elif done.reason:
-            self._finish(ctx, session, done.reason)
+            self._finish(ctx, session, session.answers[0], "interrupted")
+            return
+        for answer in [a for a in session.answers if a.finish_reason]:
+            self._finish(ctx, session, answer, answer.finish_reason)
 
-    def _join(self, session: Session) -> None:
+    def _join(self, session: Served) -> None:
         # As if just served: a newcomer does not go before those who wait already.
         session.last_served = self._steps
         self._sessions[session.guest.pid] = session
+
+
+def _holds(session: Served) -> bool:
+    return session.memory is not None or any(text.memory is not None for text in session.texts)
 
 
 def _one_line(error: LlmosError) -> str:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from llmos.kernel.errors import BadInput
-from llmos.services.engine.cache import ROOM_TOKENS, GuestCache
+from llmos.services.engine.cache import GuestCache
 from llmos.services.engine.layout import BETWEEN_BYTES, packs, widens
+from llmos.services.engine.pool import BLOCK_TOKENS, KvShape
 from llmos.services.model.dryrun import Books
 from llmos.services.model.footprint import with_layers
 from llmos.services.model.load import (
@@ -32,9 +33,11 @@ from llmos.services.programs.base import Footprint, Segment, planned_device
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-# The books must hold some guests from the start; more of them are seen by measurement.
-PLANNED_GUESTS = 4
-PLANNED_TOKENS = 4096
+# What an engine's guests share: so many tokens, and at least one long text. Recurrent models keep one
+# state for each guest.
+PLANNED_GUESTS = 64
+PLANNED_TOKENS = 16384
+LONGEST_PLANNED = 32768
 
 # Private memory of a worker on a CPU that serves, beside its tensors. Measured by
 # tests/bench/bench_footprint.py.
@@ -44,16 +47,10 @@ CONTEXT_BYTES = 20 << 20
 PREFILL_TOKENS = 512
 
 
-def plan_engine(model: str, dtype: str) -> Footprint:
-    """Weights, the caches of a few guests, one piece of a prompt in flight. Raises BadInput."""
+def plan_engine(model: str, dtype: str, kv_bytes: int = 0) -> Footprint:
+    """Weights, keys and values of the guests, one piece of a prompt in flight. Raises BadInput."""
     check_weights(model)
     load_tokenizer(model)
-    tokens = min(_context(load_config(model).get_text_config()), PLANNED_TOKENS)
-    return serving(model, dtype, PLANNED_GUESTS, tokens)
-
-
-def serving(model: str, dtype: str, guests: int, tokens: int) -> Footprint:
-    """The peak of an engine with so many guests that have seen `tokens` tokens each."""
     whole = load_config(model)
     config = whole.get_text_config()
     asked = resolve_dtype(dtype)
@@ -66,8 +63,8 @@ def serving(model: str, dtype: str, guests: int, tokens: int) -> Footprint:
         segments.append(Segment("weights", head_bytes))
     context = (CONTEXT_BYTES if cpu else 0) + (_twice(_folder(model), asked) if packed else 0)
     segments += [
-        Segment("kv", guests * kv_bytes(config, asked, tokens)),
-        Segment("activations", _activations(whole, asked, tokens)),
+        Segment("kv", kv_bytes or kv_budget(config, asked)),
+        Segment("activations", _activations(whole, asked, min(_context(config), PLANNED_TOKENS))),
         Segment("context", context),
     ]
     return Footprint(tuple(segments))
@@ -116,16 +113,34 @@ def plan_guest(model: str, dtype: str, tokens: int | None) -> Footprint:
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
-    """Keys and values of `tokens` tokens, with the room that a growing cache keeps behind them."""
-    layers, hidden = config.num_hidden_layers, config.hidden_size
+    """Keys and values of `tokens` tokens, in whole blocks; of a recurrent model one state."""
+    shape = kv_shape(config, dtype)
+    if shape is None:
+        # One state for each layer (two in an LSTM), however long the text is.
+        return int(2 * config.num_hidden_layers * config.hidden_size * dtype.itemsize)
+    return -(-tokens // BLOCK_TOKENS) * shape.block_bytes
+
+
+def kv_shape(config: Any, dtype: torch.dtype) -> KvShape | None:
+    """What a model keeps for each token; None for one without keys and values, or whose layers do
+    not all see what is before them in the same way."""
     heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        # Recurrent: one state for each layer (two in an LSTM), however long the text is.
-        return int(2 * layers * hidden * dtype.itemsize)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not heads or kinds - {"full_attention", "sliding_attention"}:
+        return None
+    if getattr(config, "attention_chunk_size", None):
+        return None
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    room = max(tokens + ROOM_TOKENS, 2 * tokens)
-    return int(2 * layers * kv_heads * head_dim * room * dtype.itemsize)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # The type of the model's own products: a model of int8 weights computes in bfloat16.
+    return KvShape(config.num_hidden_layers, kv_heads, head_dim, dtype)
+
+
+def kv_budget(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that an engine is given: a few guests' texts."""
+    if kv_shape(config, dtype) is None:
+        return PLANNED_GUESTS * kv_bytes(config, dtype, 0)
+    return kv_bytes(config, dtype, max(PLANNED_TOKENS, min(_context(config), LONGEST_PLANNED)))
 
 
 def _context(config: Any) -> int:

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmos.kernel.errors import BadArgument, BadInput
-from llmos.services.engine.session import ChatSession, Session
+from llmos.services.engine.session import ChatSession, InferSession, Session
 
 
 @dataclass
 class Replayed:
-    """How the last answer stands. `reason`: why it ends with its last token; empty when it does
-    not. `stopped`: its user has stopped it, and it has not been ended yet."""
+    """How the last answer stands. `stopped`: its user has stopped it, and it has not been ended yet."""
 
-    reason: str = ""
     stopped: bool = False
     rest_is_sent: bool = False  # the text that was held back when it was stopped
 
@@ -35,14 +33,16 @@ def replay(session: Session, records: list[dict[str, Any]]) -> Replayed:
             case {"kind": "begin"} if isinstance(session, ChatSession):
                 _begin_turn(session)
                 now = Replayed()
-            case {"kind": "text", "tokens": list(tokens)} if session.answer is not None:
+            case {"kind": "prompt"} if isinstance(session, InferSession):
+                session.prompt_is_told = True
+            case {"kind": "text", "tokens": list(tokens)} if session.is_answering:
                 for token in tokens:
-                    now.reason = session.replay(int(token))
+                    session.replay(int(record.get("index", 0)), int(token))
                 now.rest_is_sent = now.stopped and not tokens
-            case {"kind": "turn", "finish_reason": str(why)} if session.answer is not None:
+            case {"kind": "turn", "finish_reason": str(why)} if session.is_answering:
                 if why == "interrupted":
                     session.interrupt()
-                session.end(why)
+                session.end(session.answers[0], why)
                 now = Replayed()
     return now
 
@@ -53,16 +53,19 @@ def _take(session: ChatSession, message: dict[str, Any]) -> bool:
         case {"prompt": str(prompt)}:
             session.turns.append(prompt)
         case {"stop": True}:
-            return session.answer is not None
+            return session.is_answering
         case {"set": dict(values)}:
             with contextlib.suppress(BadArgument):  # its user has been told
                 session.change(values)
+        case {"history": list(messages)}:
+            with contextlib.suppress(BadArgument):
+                session.remember(messages)
     return False
 
 
 def _begin_turn(session: ChatSession) -> None:
     """The turn that was answered next: the first in the queue that can be begun."""
-    while session.turns and session.answer is None:
+    while session.turns and not session.is_answering:
         try:
             session.start_turn(session.turns.popleft())
         except BadInput:

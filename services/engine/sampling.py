@@ -44,3 +44,54 @@ class Sampler:
     def _uniform(self) -> Tensor:
         """One number for each token, whatever it is chosen from: so that tokens can be skipped."""
         return torch.rand((), dtype=torch.float64, generator=self._generator)
+
+
+# ---- shim until the sampler lands ----
+from dataclasses import dataclass as _d
+from dataclasses import field as _f
+
+
+@_d(frozen=True)
+class Choice:
+    token: int
+    logprob: float | None = None
+    top: list = _f(default_factory=list)
+
+
+class _Old(Sampler):
+    pass
+
+
+class Sampler:  # type: ignore
+    def __init__(self, args, seed, vocabulary, prompt_ids=(), constraint=None):
+        self.args = args
+        self.old = _Old(args.temperature, args.top_k, args.top_p, seed)
+
+    def accept(self, token, replayed=False):
+        if replayed:
+            self.old.skip()
+
+    def change(self, args):
+        self.args = args
+        self.old.temperature, self.old.top_k, self.old.top_p = (
+            args.temperature,
+            args.top_k,
+            args.top_p,
+        )
+
+    def reseed(self, seed):
+        self.old._generator = torch.Generator().manual_seed(seed)
+
+    def go_on_from(self, other):
+        self.old._generator = other.old._generator
+
+
+def choose(logits, samplers):
+    if all(s.args.temperature == 0 for s in samplers):
+        return [Choice(t) for t in logits.argmax(-1).tolist()]
+    return [Choice(s.old(l)) for s, l in zip(samplers, logits)]
+
+
+def score(logits, tokens, top):
+    lp = logits.float().log_softmax(-1)
+    return [Choice(t, float(lp[i, t]), []) for i, t in enumerate(tokens)]

@@ -1,7 +1,8 @@
-"""One guest of an engine: its prompt, its answer, its limits.
+"""One guest of an engine: its prompt, its answers, its limits.
 
-A session says which ids to compute next, takes each new token, and tells what text it gives and
-whether the answer ends with it. It computes nothing itself and emits nothing.
+A session has one answer, or several side by side (`n`, beams), which begin with the same prompt. It says
+which ids are to be computed, takes each new token, and tells what text it gives and whether the answer
+ends with it. It computes nothing itself and emits nothing.
 """
 
 from __future__ import annotations
@@ -15,121 +16,116 @@ from typing import Any
 from jinja2 import TemplateError
 
 from llmos.kernel.errors import BadArgument, BadInput
-from llmos.services.engine.cache import GuestCache
-from llmos.services.engine.model import LoadedModel
-from llmos.services.engine.sampling import Sampler
+from llmos.services.engine.constrain import Constraint
+from llmos.services.engine.loaded import Loaded
+from llmos.services.engine.model import ALL, LAST, NOTHING
+from llmos.services.engine.sampling import Choice, Sampler
 from llmos.services.engine.text import StopStrings, TextStream
 from llmos.services.programs.base import Guest
 
 
 @dataclass
-class Answer:
-    """A text in the making."""
+class Text:
+    """Tokens that a model is to see, and what it keeps of them."""
 
-    ids: list[int]  # of the prompt, then of the answer
-    prompt_tokens: int
-    stream: TextStream
-    stops: StopStrings
-    began_s: float = field(default_factory=time.perf_counter)
-    first_token_s: float | None = None
-    decode_s: float = 0.0  # device time of the tokens after the first
-    tokens: int = 0
+    index: int
+    ids: list[int]
+    memory: Any = None
+    computed: int = 0  # so many of `ids` are in the memory
+    tokens: int = 0  # so many of them were made here
+    finish_reason: str = ""
+
+
+@dataclass
+class Answer(Text):
+    """A text in the making: the prompt, then what the model says."""
+
     text: str = ""
+    sampler: Sampler = field(kw_only=True)
+    stream: TextStream = field(kw_only=True)
+    stops: StopStrings = field(kw_only=True)
 
     def rest(self) -> str:
         """What was held back, now that nothing follows (a stop string may still begin in it)."""
         shown = self.stops.push(self.stream.flush())
         return shown if self.stops.hit else shown + self.stops.flush()
 
-    def statistics(self, finish_reason: str) -> dict[str, Any]:
-        """What `wait` and a chat's "turn" record show."""
-        rate = (self.tokens - 1) / self.decode_s if self.decode_s else 0.0
-        return {
-            "tokens": self.tokens,
-            "finish_reason": finish_reason,
-            "first_token_s": self.first_token_s,
-            "tokens_per_s": rate,
-            "prompt_tokens": self.prompt_tokens,
-        }
+
+@dataclass
+class Times:
+    """When an exchange began, and how fast it went."""
+
+    began_s: float = field(default_factory=time.perf_counter)
+    first_token_s: float | None = None
+    decode_s: float = 0.0  # device time of the steps after the first token
+    decoded: int = 0  # tokens that were made in it
+
+    def took(self, tokens: int, spent_s: float) -> None:
+        if self.first_token_s is None:
+            self.first_token_s = time.perf_counter() - self.began_s
+        else:
+            self.decode_s += spent_s
+            self.decoded += tokens
 
 
-class Session:
-    """The part that `infer` and `chat` share: one answer after another over one cache."""
+class Served:
+    """What the host knows of every guest: its texts, their memory, whose turn it is."""
 
-    def __init__(self, guest: Guest, args: Any, loaded: LoadedModel) -> None:
+    kind = "text"
+
+    def __init__(self, guest: Guest, args: Any, loaded: Loaded, adapter: Any = None) -> None:
         self.guest = guest
         self.args = args
         self.loaded = loaded
-        self.cache = GuestCache()
-        self.answer: Answer | None = None
-        # Without a seed the pid gives one: a restarted guest must make the same text again.
-        seed = guest.pid if args.seed is None else args.seed
-        self.sampler = Sampler(args.temperature, args.top_k, args.top_p, seed)
-        self.last_served = 0  # the step in which it last got a token
-        self._pending: list[int] = []
+        self.adapter = adapter
+        self.texts: list[Any] = []  # those that are not whole yet
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.memory: Any = None  # of a chat, between two turns
+        self.last_served = 0  # the step in which it last got something
 
     @property
     def runnable(self) -> bool:
-        return self.answer is not None and not self.guest.parked
+        return bool(self.texts) and not self.guest.parked
 
     @property
-    def prompt_is_computed(self) -> bool:
-        return not self._pending
+    def pending(self) -> int:
+        """Tokens to be computed before the next one can be chosen, if it is not just one each."""
+        first = self.texts[0]
+        missing = len(first.ids) - first.computed
+        return missing if missing > 1 or first.tokens == 0 else 0
 
-    def take(self, most: int) -> list[int]:
-        """The next ids to compute: one token, or a piece of the prompt."""
-        taken, self._pending = self._pending[:most], self._pending[most:]
-        return taken
+    @property
+    def exact(self) -> bool:
+        """Whether it is computed alone."""
+        return False
 
-    def begin(self, ids: list[int]) -> None:
-        """Start an answer to the text whose ids are `ids`. Raises BadInput when it cannot be."""
-        self._check(ids)
-        self._pending = self.cache.rewind_to(ids)
-        stream = TextStream(self.loaded.tokenizer, ids)
-        self.answer = Answer(list(ids), len(ids), stream, StopStrings(self.args.stop))
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether it may use what others have computed."""
+        return not self.exact
 
-    def accept(self, token: int, spent_s: float) -> tuple[str, str]:
-        """Take the next token; -> (its text, why the answer ends with it or an empty string)."""
-        answer = self.answer
-        assert answer is not None
-        answer.tokens += 1
-        answer.ids.append(token)
-        if answer.first_token_s is None:
-            answer.first_token_s = time.perf_counter() - answer.began_s
-        else:
-            answer.decode_s += spent_s
-        self._pending = [token]
-        piece = answer.stops.push(answer.stream.push(token))
-        reason = self._finish_reason(token, answer)
-        if reason and not answer.stops.hit:
-            piece += answer.rest()
-        answer.text += piece
-        return piece, reason
+    def wanted(self, text: Any, last: bool) -> str:
+        """Which scores a piece of a text is computed for; `last`: the next token's come with it."""
+        return LAST if last else NOTHING
 
-    def replay(self, token: int) -> str:
-        """Take a token that an earlier engine has made and sent -> why the answer ends with it."""
-        self.sampler.skip()
-        return self.accept(token, 0.0)[1]
-
-    def resume(self) -> None:
-        """After replays: what is to be computed now is all that the cache does not have."""
-        if self.answer is not None:
-            self.answer.first_token_s = None  # of the next one: the replayed took no time
-            self._pending = self.cache.rewind_to(self.answer.ids)
-
-    def interrupt(self) -> str:
-        """No more tokens for this answer; -> the text that was held back."""
-        assert self.answer is not None
-        rest = self.answer.rest()
-        self.answer.text += rest
-        return rest
-
-    def end(self, finish_reason: str) -> dict[str, Any]:
-        """The answer is whole; -> its statistics."""
-        assert self.answer is not None
-        statistics = self.answer.statistics(finish_reason)
-        self.answer = None
-        return statistics
+    def check(self, ids: list[int], room: int = 1) -> None:
+        """Raise BadInput when the model cannot take these ids, and `room` more."""
+        limit = self.loaded.context_tokens
+        if not ids:
+            raise BadInput("the prompt is empty", "write something for the model to continue")
+        if limit is not None and len(ids) + room > limit:
+            left = ", and one must be left for the answer" if room else ""
+            raise BadInput(
+                f"the prompt has {len(ids)} tokens; the model's context holds {limit}{left}",
+                "shorten the prompt, or take a model with a longer context",
+            )
+        if max(ids) >= self.loaded.vocabulary or min(ids) < 0:
+            wrong = max(ids) if min(ids) >= 0 else min(ids)
+            raise BadInput(
+                f"the prompt has the id {wrong}, the model knows {self.loaded.vocabulary} ids",
+                "the tokenizer in the model's folder belongs to another model",
+            )
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of a text; a text without any begins with the tokenizer's first token."""
@@ -139,21 +135,132 @@ class Session:
             return [tokenizer.bos_token_id]
         return ids
 
-    def render(self, messages: list[dict[str, str]]) -> list[int]:
+
+class Session(Served):
+    """The part that `infer` and `chat` share: one exchange after another."""
+
+    def __init__(self, guest: Guest, args: Any, loaded: Loaded, adapter: Any = None) -> None:
+        super().__init__(guest, args, loaded, adapter)
+        self.ended: list[Answer] = []  # of this exchange
+        self.times = Times()
+        # Without a seed the pid gives one: a restarted guest must make the same text again.
+        self.seed = guest.pid if args.seed is None else args.seed
+
+    @property
+    def answers(self) -> list[Answer]:
+        return self.texts
+
+    @property
+    def is_answering(self) -> bool:
+        return bool(self.answers)
+
+    @property
+    def exact(self) -> bool:
+        return bool(self.args.exact)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether its records say which answer they are of."""
+        return False
+
+    def begin(self, ids: list[int]) -> None:
+        """Start an answer to the text whose ids are `ids`. Raises BadInput when it cannot be."""
+        self.check(ids, room=min(1, self.args.max_tokens))
+        self.times = Times()
+        self.prompt_tokens, self.cached_tokens, self.ended = len(ids), 0, []
+        self.texts = [self.new_answer(0, ids)]
+
+    def new_answer(self, index: int, ids: list[int]) -> Answer:
+        args, loaded = self.args, self.loaded
+        sampler = Sampler(args, self.seed + index, loaded.vocabulary, ids, self._constraint())
+        stream = TextStream(loaded.tokenizer, ids)
+        stops = StopStrings(args.stop)
+        return Answer(index, list(ids), sampler=sampler, stream=stream, stops=stops)
+
+    def split(self) -> list[Answer]:
+        """The prompt is computed: from here on there are as many answers as were asked for
+        -> those that are new."""
+        return []
+
+    def accept(self, answer: Answer, choice: Choice) -> str:
+        """Take the next token of an answer; -> its text. `finish_reason` says whether it ends."""
+        token = choice.token
+        answer.tokens += 1
+        answer.ids.append(token)
+        piece = answer.stops.push(answer.stream.push(token))
+        answer.finish_reason = self._finish_reason(token, answer)
+        if answer.finish_reason and not answer.stops.hit:
+            piece += answer.rest()
+        answer.text += piece
+        return piece
+
+    def replay(self, index: int, token: int) -> str:
+        """Take a token that an earlier engine has made and sent -> why the answer ends with it."""
+        answer = next((a for a in self.answers if a.index == index), None)
+        if answer is None:
+            answer = self.new_answer(index, self.answers[0].ids[: self.prompt_tokens])
+            self.answers.append(answer)
+        answer.sampler.accept(token, replayed=True)
+        self.accept(answer, Choice(token))
+        return answer.finish_reason
+
+    def resume(self) -> None:
+        """After replays: what an exchange has that the dead engine had not told of yet."""
+
+    def interrupt(self) -> str:
+        """No more tokens for this answer; -> the text that was held back."""
+        answer = self.answers[0]
+        rest = answer.rest()
+        answer.text += rest
+        return rest
+
+    def end(self, answer: Answer, finish_reason: str) -> bool:
+        """An answer is whole -> whether it was the last of the exchange."""
+        answer.finish_reason = finish_reason
+        self.answers.remove(answer)
+        self.ended.append(answer)
+        return not self.answers
+
+    def statistics(self) -> dict[str, Any]:
+        """What `wait` and a chat's "turn" record show, when all answers are whole."""
+        times, ended = self.times, sorted(self.ended, key=lambda a: a.index)
+        return {
+            "tokens": sum(a.tokens for a in ended),
+            "finish_reason": ended[0].finish_reason if ended else "stop",
+            "first_token_s": times.first_token_s,
+            "tokens_per_s": times.decoded / times.decode_s if times.decode_s else 0.0,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "choices": [self.choice(a) for a in ended],
+        }
+
+    def choice(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": answer.index,
+            "tokens": answer.tokens,
+            "finish_reason": answer.finish_reason,
+        }
+
+    def render(self, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
         """The ids of a conversation in the model's own template, up to where it answers."""
         try:
             text = self.loaded.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                messages, tools=tools, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as exc:
+        except (TemplateError, TypeError, ValueError, KeyError) as exc:
             raise BadInput(
                 f"the model's chat template refuses this conversation: {exc}",
                 "leave the system prompt out, or use `run --raw`",
             ) from None
         return self.encode(text, special=False)
 
+    def _constraint(self) -> Constraint | None:
+        return None
+
     def _finish_reason(self, token: int, answer: Answer) -> str:
-        if answer.stops.hit or token in self.loaded.stop_ids:
+        if answer.stops.hit:
+            return "stop"
+        if token in self.loaded.stop_ids and not self.args.ignore_eos:
             return "stop"
         limit = self.loaded.context_tokens
         if answer.tokens >= self.args.max_tokens or (
@@ -162,68 +269,125 @@ class Session:
             return "length"
         return ""
 
-    def _check(self, ids: list[int]) -> None:
-        limit = self.loaded.context_tokens
-        if not ids:
-            raise BadInput("the prompt is empty", "write something for the model to continue")
-        if limit is not None and len(ids) >= limit:
-            raise BadInput(
-                f"the prompt has {len(ids)} tokens; the model's context holds {limit}, and one "
-                "must be left for the answer",
-                "shorten the prompt, or take a model with a longer context",
-            )
-        if max(ids) >= self.loaded.vocabulary:
-            raise BadInput(
-                f"the tokenizer gives id {max(ids)}, the model knows {self.loaded.vocabulary} ids",
-                "the tokenizer in the model's folder belongs to another model",
-            )
-
 
 class InferSession(Session):
-    """One prompt, one answer."""
+    """One prompt, one answer or several."""
+
+    def __init__(self, guest: Guest, args: Any, loaded: Loaded, adapter: Any = None) -> None:
+        super().__init__(guest, args, loaded, adapter)
+        self.prompt_scores: list[Choice] = []
+        self.prompt_is_told = False  # its log-probabilities are in the stream
 
     def start(self) -> None:
         """Begin with the prompt. Raises BadInput when the model cannot take it."""
-        prompt = self.args.prompt
-        if self.loaded.tokenizer.chat_template and not self.args.raw:
-            self.begin(self.render([{"role": "user", "content": prompt}]))
-        else:
-            self.begin(self.encode(prompt))
+        self.begin(self._prompt())
+
+    @property
+    def numbered(self) -> bool:
+        return bool(self.args.n > 1)
+
+    def wanted(self, text: Any, last: bool) -> str:
+        if self.args.prompt_logprobs is not None and not self.prompt_is_told and not text.tokens:
+            return ALL
+        return super().wanted(text, last)
+
+    def resume(self) -> None:
+        if self.answers and self.answers[0].tokens:
+            have = {a.index for a in (*self.answers, *self.ended)}
+            prompt = self.answers[0].ids[: self.prompt_tokens]
+            missing = [i for i in range(self.args.n) if i not in have]
+            self.answers.extend(self.new_answer(i, prompt) for i in missing)
+
+    def split(self) -> list[Answer]:
+        first = self.answers[0]
+        new = [self.new_answer(i, first.ids) for i in range(1, self.args.n)]
+        self.answers.extend(new)
+        return new
+
+    @property
+    def shares_prefix(self) -> bool:
+        return super().shares_prefix and self.args.prompt_logprobs is None
+
+    def _constraint(self) -> Constraint | None:
+        loaded = self.loaded
+        return Constraint.of(loaded.tokenizer, self.args, loaded.stop_ids, loaded.vocabulary)
+
+    def _prompt(self) -> list[int]:
+        args = self.args
+        given = [
+            n for n in ("prompt", "messages", "prompt_ids") if getattr(args, n) not in ("", None)
+        ]
+        if len(given) > 1:
+            raise BadArgument(f"one of {' and '.join(given)} is enough")
+        if args.prompt_ids is not None:
+            return _ids(args.prompt_ids)
+        if args.messages is not None:
+            return self._conversation(_messages(args.messages))
+        if self.loaded.tokenizer.chat_template and not args.raw:
+            return self.render([{"role": "user", "content": args.prompt}], args.tools)
+        return self.encode(args.prompt)
+
+    def _conversation(self, messages: list[dict[str, Any]]) -> list[int]:
+        if self.loaded.tokenizer.chat_template:
+            return self.render(messages, self.args.tools)
+        # Without a template the text of a conversation is what was said, a line each.
+        return self.encode("\n".join(str(m.get("content") or "") for m in messages))
 
 
 class ChatSession(Session):
-    """A conversation: turns wait in a queue, the cache stays between them.
+    """A conversation: turns wait in a queue, what is computed stays between them.
 
     With a chat template the whole conversation is rendered for each turn, and only what differs
-    from the cache is computed. Without one the text simply goes on: each turn is appended to it.
+    from before is computed. Without one the text simply goes on: each turn is appended to it.
     """
 
-    def __init__(self, guest: Guest, args: Any, loaded: LoadedModel) -> None:
-        super().__init__(guest, args, loaded)
+    def __init__(self, guest: Guest, args: Any, loaded: Loaded, adapter: Any = None) -> None:
+        super().__init__(guest, args, loaded, adapter)
         self.turns: deque[str] = deque()
         self.has_forgotten = False  # did the last turn need room that older ones had?
-        self._history: list[dict[str, str]] = []
+        self.history: list[dict[str, Any]] = []
         self._running: list[int] = []  # without a template: the ids of the text so far
+        # One for the whole conversation: a turn goes on with the generator of the one before.
+        self._sampler: Sampler | None = None
 
     def start_turn(self, prompt: str) -> None:
         """Begin the answer to a user's turn. Raises BadInput; the turn then never was."""
         if not self.loaded.tokenizer.chat_template:
             self.begin(self._extend_running(prompt))
             return
-        self._history.append({"role": "user", "content": prompt})
+        self.history.append({"role": "user", "content": prompt})
         try:
             self.begin(self._fit_history())
         except BadInput:
-            self._history.pop()
+            self.history.pop()
             raise
 
-    def end(self, finish_reason: str) -> dict[str, Any]:
-        assert self.answer is not None
-        self._history.append({"role": "assistant", "content": self.answer.text})
-        self._running = list(self.answer.ids)
+    def new_answer(self, index: int, ids: list[int]) -> Answer:
+        answer = super().new_answer(index, ids)
+        if self._sampler is not None:
+            answer.sampler.go_on_from(self._sampler)
+        self._sampler = answer.sampler
+        return answer
+
+    def end(self, answer: Answer, finish_reason: str) -> bool:
+        self.history.append({"role": "assistant", "content": answer.text})
+        self._running = list(answer.ids)
         if self._running[-1] in self.loaded.stop_ids:
             self._running.pop()
-        return super().end(finish_reason)
+        return super().end(answer, finish_reason)
+
+    def remember(self, messages: Any) -> int:
+        """The conversation is this one from now on -> how many turns it has. Raises BadArgument."""
+        history = _messages(messages)
+        system = [m["content"] for m in history if m["role"] == "system"]
+        if system:
+            self.args = replace(self.args, system=str(system[0]))
+        self.history = [m for m in history if m["role"] != "system"]
+        self._running = []
+        if self.history and not self.loaded.tokenizer.chat_template:
+            said = [self.args.system, *(str(m["content"]) for m in self.history)]
+            self._running = self.encode("\n".join(filter(None, said)))
+        return len(self.history)
 
     def change(self, values: dict[str, Any]) -> None:
         """Set parameters from the next token on. Raises BadArgument, and then changes none."""
@@ -231,19 +395,22 @@ class ChatSession(Session):
             _check_setting(name, value)
         self.args = args = replace(self.args, **values)
         if values.get("seed") is not None:
-            self.sampler = Sampler(args.temperature, args.top_k, args.top_p, args.seed)
-        sampler = self.sampler
-        sampler.temperature, sampler.top_k, sampler.top_p = args.temperature, args.top_k, args.top_p
+            self.seed, self._sampler = args.seed, None
+        for answer in self.answers:
+            answer.sampler.change(args)
+            if values.get("seed") is not None:
+                answer.sampler.reseed(args.seed)
+                self._sampler = answer.sampler
 
     def _fit_history(self) -> list[int]:
         """The conversation as ids; its oldest turns go when it has outgrown the context."""
         system = [{"role": "system", "content": self.args.system}] if self.args.system else []
-        ids = self.render(system + self._history)
+        ids = self.render(system + self.history)
         self.has_forgotten = False
-        while not self._fits(ids) and len(self._history) > 2:
-            del self._history[:2]
+        while not self._fits(ids) and len(self.history) > 2:
+            del self.history[:2]
             self.has_forgotten = True
-            ids = self.render(system + self._history)
+            ids = self.render(system + self.history)
         return ids
 
     def _extend_running(self, prompt: str) -> list[int]:
@@ -264,11 +431,41 @@ class ChatSession(Session):
         return limit is None or len(ids) + min(self.args.max_tokens, limit // 4) <= limit
 
 
+def _ids(given: Any) -> list[int]:
+    if isinstance(given, list) and all(type(i) is int for i in given):
+        return list(given)
+    raise BadArgument("prompt_ids is a list of token ids: [1, 15043, ...]")
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    fine = isinstance(given, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in given
+    )
+    if not fine:
+        raise BadArgument('a conversation is a list of {"role": ..., "content": ...}')
+    return [{**m, "content": _text_of(m.get("content"))} for m in given]
+
+
+def _text_of(content: Any) -> str:
+    """What was said: a text, or parts of which only texts can be read."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list):
+        parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
+        if len(parts) == len(content) and all(isinstance(p, str) for p in parts):
+            return "".join(str(p) for p in parts)
+    raise BadArgument("the content of a message is text", "the model reads no pictures or sounds")
+
+
 _SETTINGS: dict[str, tuple[Any, float, float]] = {
     "max_tokens": (int, 1, inf),
     "temperature": (int | float, 0, inf),
     "top_k": (int, 0, inf),
     "top_p": (int | float, 0, 1),
+    "min_p": (int | float, 0, 1),
+    "repetition_penalty": (int | float, 0.01, inf),
+    "presence_penalty": (int | float, -2, 2),
+    "frequency_penalty": (int | float, -2, 2),
     "seed": (int, -inf, inf),
 }
 

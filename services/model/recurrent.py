@@ -7,6 +7,7 @@ and fine-tunes them like any other model. It does not know training or serving.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,6 +76,29 @@ class RecurrentState:
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Rows follow their beams (beam search)."""
         self.layers = [_reorder(hidden, beam_idx) for hidden in self.layers]
+
+    @classmethod
+    def joined(cls, states: Sequence[RecurrentState]) -> RecurrentState:
+        """Those of several texts as one batch. What was seen is that of the first."""
+        layers: list[Hidden] = []
+        for same in zip(*(state.layers for state in states), strict=True):
+            if isinstance(same[0], tuple):
+                layers.append(
+                    (torch.cat([h[0] for h in same], 1), torch.cat([h[1] for h in same], 1))
+                )
+            else:
+                layers.append(torch.cat(same, 1))
+        return cls(layers, states[0].seen_tokens)
+
+    def parted(self) -> list[RecurrentState]:
+        """Each row of the batch as a state of its own."""
+        first = self.layers[0]
+        rows = (first[0] if isinstance(first, tuple) else first).shape[1]
+        index = torch.arange(rows).split(1)
+        return [
+            RecurrentState([_reorder(h, row) for h in self.layers], self.seen_tokens)
+            for row in index
+        ]
 
 
 class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmos.kernel.units import parse_bytes
 from llmos.services.programs.base import Context, Footprint, Guest, Idle, Program, Report, arg
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ class Engine(Program):
     class Args:
         model: str = arg(help="registry name, folder or hub name", positional=True, model=True)
         dtype: str = arg(
-            "auto", help="number format of the weights", choices=("auto", "float32", "bfloat16")
+            "auto",
+            help="number format of the weights",
+            choices=("auto", "float32", "bfloat16", "int8"),
         )
         threads: int = arg(0, help="CPU threads; 0: as many as the kernel gives", minimum=0)
         keep_alive_s: float = arg(
@@ -48,6 +51,10 @@ class Engine(Program):
             False, help="run code that lies in the model's folder, for this run"
         )
 
+        kv_memory: str = arg(
+            "", help="memory for keys and values, such as 2GiB; default: 16,384 tokens at least"
+        )
+
     _host: Host
 
     @classmethod
@@ -56,7 +63,7 @@ class Engine(Program):
         from llmos.services.model.load import allow_code
 
         allow_code(args.trust_remote_code)
-        return plan_engine(args.model, args.dtype)
+        return plan_engine(args.model, args.dtype, _kv_bytes(args.kv_memory))
 
     def load(self, ctx: Context) -> None:
         from llmos.services.engine.host import Host
@@ -64,7 +71,8 @@ class Engine(Program):
 
         allow_code(self.args.trust_remote_code)
         threads = self.args.threads or ctx.threads
-        self._host = Host(self.args.model, self.args.dtype, ctx.device, threads, ctx.gate)
+        kv_bytes = _kv_bytes(self.args.kv_memory)
+        self._host = Host(self.args.model, self.args.dtype, ctx.device, threads, ctx.gate, kv_bytes)
 
     def step(self, ctx: Context) -> Report | Idle:
         return self._host.step(ctx)
@@ -91,3 +99,8 @@ class Engine(Program):
 
     def floor(self, class_rank: int) -> None:
         self._host.floor = class_rank
+
+
+def _kv_bytes(text: str) -> int:
+    """Bytes of `--kv-memory`; 0: as many as are planned by default. Raises BadArgument."""
+    return parse_bytes(text) if text else 0

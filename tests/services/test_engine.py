@@ -96,7 +96,7 @@ def test_bfloat16_in_another_layout_gives_the_same_tokens(name: str, tmp_path: P
 def test_a_prompt_in_pieces_gives_the_same_tokens(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmos.services.engine.host.PREFILL_TOKENS", 7)
+    monkeypatch.setattr("llmos.services.engine.batch.MOST_PIECE", 7)
     run = engine(tmp_path, llama)
     prompt = "the cat sat on the mat and the dog ran " * 2
     ask(run, 1, prompt, max_tokens=20)
@@ -133,10 +133,22 @@ def test_the_last_record_tells_how_it_went(llama: Path, tmp_path: Path) -> None:
     assert done.result["first_token_s"] > 0
 
 
-def test_equal_guests_take_turns_and_an_urgent_one_goes_first(llama: Path, tmp_path: Path) -> None:
+def test_all_guests_get_a_token_in_each_step(llama: Path, tmp_path: Path) -> None:
     run = engine(tmp_path, llama)
     ask(run, 1, "the cat", max_tokens=20)
     ask(run, 2, "the dog", max_tokens=20)
+    run.step()  # both prompts
+    assert [step_shares(run) for _ in range(3)] == [{1: 1.0, 2: 1.0}] * 3
+
+
+def test_when_rows_are_few_equals_take_turns_and_the_urgent_goes_first(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmos.services.engine.batch.MOST_ROWS", 1)
+    run = engine(tmp_path, llama)
+    ask(run, 1, "the cat", max_tokens=20)
+    ask(run, 2, "the dog", max_tokens=20)
+    run.step()
     served = [next(iter(step_shares(run))) for _ in range(6)]
     assert served == [1, 2, 1, 2, 1, 2]
     run.program.rank(run.ctx, 2, (0, -5, 0), parked=False)

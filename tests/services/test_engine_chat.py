@@ -78,8 +78,8 @@ def test_an_answer_from_the_cache_is_that_of_a_fresh_session(
     fresh = chat(tmp_path / "b", model)
     other = fresh.program._host._sessions[1]
     if kind == "templated":
-        other._history = session._history[:-2]
-        assert other._history[0] == {"role": "user", "content": "the cat"}
+        other.history = session.history[:-2]
+        assert other.history[0] == {"role": "user", "content": "the cat"}
     else:
         first_ids = session._running[: -run.ctx.of_kind("turn")[-1]["tokens"]]
         other._running = first_ids[: -len(session.encode("the dog", special=False))]
@@ -159,7 +159,8 @@ def test_a_turn_longer_than_the_context_is_refused_and_the_session_stays(
 def test_a_system_prompt_leads_the_conversation(templated: Path, tmp_path: Path) -> None:
     run = chat(tmp_path, templated, system="be brief")
     say(run, "the cat")
-    ids = run.program._host._sessions[1].cache.ids
+    session = run.program._host._sessions[1]
+    ids = session.ended[0].ids
     tokenizer = run.program._host._loaded.tokenizer
     assert tokenizer.decode(ids).startswith("system: be brief<end>user: the cat<end>assistant: ")
 
