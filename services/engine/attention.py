@@ -1,9 +1,9 @@
 """How a model of transformers reads and writes an engine's blocks.
 
-A step is one packed row of tokens: those of several texts one after the other, without padding. A text
-is a span of the row: its new tokens, and the table of blocks that holds those before them. The models
-call `attend` in each layer, through transformers' own registry of attention functions; which spans the
-row has is set around the call (`over`).
+A step is one packed row of tokens: those of several texts one after the other, without padding. A
+text is a span of the row: its new tokens, and the table of blocks that holds those before them. The
+models call `attend` in each layer, through transformers' own registry of attention functions; which
+spans the row has is set around the call (`over`).
 
 Spans of one token, which is what decoding gives, are computed together by the native library, or
 padded to one batch without it. A longer one is computed by itself, with the operators of torch.
@@ -30,7 +30,8 @@ NAME = "llmos_paged"
 
 @dataclass(frozen=True)
 class Span:
-    """New tokens of one text: `count` of them from `start` on, which are so many as it has before."""
+    """New tokens of one text: `count` of them from `start` on, which are so many as it has
+    before."""
 
     blocks: Sequence[int]
     start: int
@@ -46,10 +47,11 @@ class Step:
         self.singles = sum(1 for span in spans if span.count == 1)
         assert all(span.count == 1 for span in spans[: self.singles]), "single tokens come first"
         self.long = self._long_spans(spans[self.singles :])
-        slots: list[int] = []
-        for span in spans:
-            for at in range(span.start, span.start + span.count):
-                slots.append(span.blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS)
+        slots = [
+            span.blocks[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
+            for span in spans
+            for at in range(span.start, span.start + span.count)
+        ]
         self.slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
         self.tables, self.lengths = self._tables(spans[: self.singles])
         self.library = native.library() if self._fits_native() else None

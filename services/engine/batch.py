@@ -1,8 +1,8 @@
 """Who gets tokens in the next step of an engine. Plain values: no torch, no text.
 
 Everybody who decodes gets a token, as far as rows allow, the most urgent first; what is left of the
-step's tokens goes to prompts. So a long prompt is computed in pieces beside the others' tokens, and how
-large the pieces are is what the others wait for between two tokens.
+step's tokens goes to prompts. So a long prompt is computed in pieces beside the others' tokens, and
+how large the pieces are is what the others wait for between two tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 # Rows of a step at most, whoever waits: beyond this more rows make no more tokens per second.
 MOST_ROWS = 256
 
-# By how much prompts may make a step longer while somebody waits for his next token, and when nobody
-# does.
+# By how much prompts may make a step longer while somebody waits for his next token, and when
+# nobody does.
 STEP_S, ALONE_S = 0.04, 0.5
 
 LEAST_PIECE, MOST_PIECE = 32, 2048
@@ -22,7 +22,8 @@ LEAST_PIECE, MOST_PIECE = 32, 2048
 
 @dataclass(frozen=True)
 class Rank:
-    """How urgent a guest is: a smaller class goes first, then a smaller nice, then who came first."""
+    """How urgent a guest is: a smaller class goes first, then a smaller nice, then who came
+    first."""
 
     cls: int
     nice: int
@@ -55,15 +56,16 @@ class Share:
 
 
 class Pace:
-    """How many tokens of prompts a step may have, so that they make it longer by so much; learned from
-    the steps before."""
+    """How many tokens of prompts a step may have, so that they make it longer by so much; learned
+    from the steps before."""
 
     def __init__(self, tokens_per_s: float = 2000.0) -> None:
         self._rate = tokens_per_s
         self._bare_s = 0.0  # a step without prompts
 
     def took(self, piece: int, seconds: float) -> None:
-        """A step with so many tokens of prompts is done. What decoding takes of it is not theirs."""
+        """A step with so many tokens of prompts is done. What decoding takes of it is not
+        theirs."""
         if piece == 0:
             self._bare_s += 0.2 * (seconds - self._bare_s)
         elif piece >= LEAST_PIECE:

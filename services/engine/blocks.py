@@ -1,13 +1,13 @@
 """Which block of an engine's memory holds which tokens. Plain values: no torch, no model.
 
-Memory for keys and values is cut into blocks of `size` tokens. A text owns a table of blocks. A block
-that is full and computed is known by its tokens and by the block before it, back to the beginning: the
-next text with the same beginning uses the same blocks, whoever it belongs to (`salt` keeps apart what
-must not be shared). Blocks that nobody uses stay known until their place is needed, the one that was
-let go longest ago first.
+Memory for keys and values is cut into blocks of `size` tokens. A text owns a table of blocks. A
+block that is full and computed is known by its tokens and by the block before it, back to the
+beginning: the next text with the same beginning uses the same blocks, whoever it belongs to (`salt`
+keeps apart what must not be shared). Blocks that nobody uses stay known until their place is
+needed, the one that was let go longest ago first.
 
-The tree of known blocks is that of SGLang's radix cache (Zheng et al. 2024) with one block an edge; the
-sharing of blocks is that of PagedAttention (Kwon et al. 2023).
+The tree of known blocks is that of SGLang's radix cache (Zheng et al. 2024) with one block an edge;
+the sharing of blocks is that of PagedAttention (Kwon et al. 2023).
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ class EmbedSession(Served):
 
     def __init__(self, guest: Guest, args: Any, loaded: Loaded, adapter: Any = None) -> None:
         super().__init__(guest, args, loaded, adapter)
-        self._begin()
+        # Of the input that is being computed.
+        self._sum: Tensor = torch.zeros(())
+        self._last: Tensor = torch.zeros(())
+        self._seen = 0
 
     def start(self) -> None:
         """Raises BadInput, BadArgument when the model cannot take its inputs."""
@@ -38,7 +41,7 @@ class EmbedSession(Served):
     def add(self, text: Text, states: Tensor) -> None:
         """Hidden states (tokens, width) of the next piece of the input."""
         if text.computed == 0:
-            self._begin()
+            self._sum, self._seen = torch.zeros(()), 0
         self._sum = self._sum + states.double().sum(0)
         self._last, self._seen = states[-1], self._seen + len(states)
 
@@ -57,11 +60,6 @@ class EmbedSession(Served):
 
     def statistics(self) -> dict[str, Any]:
         return {"prompt_tokens": self.prompt_tokens}
-
-    def _begin(self) -> None:
-        self._sum: Tensor = torch.zeros(())
-        self._last: Tensor = torch.zeros(())
-        self._seen = 0
 
     def _input(self, one: Any) -> list[int]:
         return list(one) if isinstance(one, list) else self.encode(one)

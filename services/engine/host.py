@@ -1,7 +1,7 @@
 """The inside of an engine: which guests get tokens in a step, and what is told about it.
 
-Each step computes one packed row: a token for everybody who decodes, and pieces of prompts. It reports
-what it computed for whom, so that the kernel can charge it.
+Each step computes one packed row: a token for everybody who decodes, and pieces of prompts. It
+reports what it computed for whom, so that the kernel can charge it.
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
@@ -85,7 +85,8 @@ class Host:
         return Report(self._steps, shares=shares)
 
     def _parts(self, ctx: Context) -> list[Part]:
-        """The next step's work. Who finds no room waits; whoever is less urgent makes room for him."""
+        """The next step's work. Who finds no room waits; whoever is less urgent makes room for
+        him."""
         runnable = [s for s in self._sessions.values() if self._may_run(s)]
         parts: list[Part] = []
         for share in batch.plan([self._candidate(s) for s in runnable], self._pace):
@@ -225,8 +226,8 @@ class Host:
             session.times.took(sum(1 for taker, _ in takers if taker is session), spent_s)
 
     def _takers(self, session: Session, answer: Answer) -> list[Answer]:
-        """Whose next token comes from an answer's scores: at the end of the prompt of all that begin
-        with it."""
+        """Whose next token comes from an answer's scores: at the end of the prompt of all that
+        begin with it."""
         if answer.tokens or len(session.answers) + len(session.ended) > 1:
             return [answer]
         new = session.split()
@@ -249,7 +250,7 @@ class Host:
             )
 
     def _deliver(self, ctx: Context, session: Session, answer: Answer, choice: Choice) -> None:
-        text = session.accept(answer, choice)
+        text = session.accept(answer, choice.token)
         more: dict[str, Any] = {}
         if session.args.logprobs is not None:
             more["logprobs"] = [self._told(choice)]
@@ -360,7 +361,7 @@ class Host:
             case _:
                 raise BadArgument(
                     "a chat cannot read this message",
-                    'it takes {"prompt": TEXT}, {"stop": true}, {"set": {...}} or {"history": [...]}',
+                    'it takes {"prompt": TEXT}, {"stop": true}, {"set": {...}}, {"history": [...]}',
                 )
 
     def _finish(self, ctx: Context, session: Session, answer: Answer, finish_reason: str) -> None:

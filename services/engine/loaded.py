@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from llmos.services.engine.layout import lay_out
 from llmos.services.engine.model import ALL, Model, PagedModel, StatefulModel, Work
 from llmos.services.engine.plan import kv_shape
 
-# What a packed row of a few tokens may differ from the model's own forward, as a part of the scores'
-# length: sums in another order do; another attention (a bias for distance, a window) differs by more.
+# What a packed row of a few tokens may differ from the model's own forward, as a part of the
+# scores' length: sums in another order do; another attention (a bias for distance, a window)
+# differs by more.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 _TRIED_TOKENS = 24
@@ -110,7 +112,7 @@ def _differs(paged: PagedModel, ids: Tensor, expected: Tensor) -> str:
         return "there is no memory for a few tokens"
     found = []
     cuts = (0, len(row) // 2, len(row) // 2 + 1, len(row))
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         beside = Work(other, row[::-1][begin:end], begin, ALL)
         scores = paged.forward([beside, Work(text, row[begin:end], begin, ALL)])
         found.append(scores[end - begin :])

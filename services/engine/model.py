@@ -1,7 +1,7 @@
 """A causal language model in the memory of an engine: from token ids to the next scores.
 
-Two kinds behind one face. `PagedModel` computes the tokens of many texts in one row, over blocks that
-they share. `StatefulModel` is for models whose memory is no cache of keys and values, or whose
+Two kinds behind one face. `PagedModel` computes the tokens of many texts in one row, over blocks
+that they share. `StatefulModel` is for models whose memory is no cache of keys and values, or whose
 attention has a rule of its own: each text has what the model itself returns as its state. They know
 models and texts as ids; they know no guests and no choice of tokens.
 """
@@ -287,8 +287,8 @@ class StatefulModel:
         return scores if w.wanted == ALL else scores[-1:]
 
     def _run(self, w: Work, **more: Any) -> Any:
-        """Without an attention mask: one sequence and no padding, so that the model's own causal rule
-        is all there is, and for a single token nothing is built at all."""
+        """Without an attention mask: one sequence and no padding, so that the model's own causal
+        rule is all there is, and for a single token nothing is built at all."""
         with self.routing([(w.adapter, len(w.ids))]) if w.adapter else contextlib.nullcontext():
             out = self.model(
                 input_ids=torch.tensor([list(w.ids)], device=self.device),

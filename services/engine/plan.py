@@ -33,8 +33,8 @@ from llmos.services.programs.base import Footprint, Segment, planned_device
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-# What an engine's guests share: so many tokens, and at least one long text. Recurrent models keep one
-# state for each guest.
+# What an engine's guests share: so many tokens, and at least one long text. Recurrent models keep
+# one state for each guest.
 PLANNED_GUESTS = 64
 PLANNED_TOKENS = 16384
 LONGEST_PLANNED = 32768

@@ -1,4 +1,5 @@
-"""The memory of an engine for keys and values: one tensor of blocks, (block, layer, 2, token, head, dim).
+"""The memory of an engine for keys and values: one tensor of blocks, (block, layer, 2, token, head,
+dim).
 
 All layers of a block lie together, so that a block is moved, saved or given back as one piece.
 """
@@ -70,7 +71,8 @@ class Pool:
             self.data[block].copy_(one)
 
     def give_back(self, free: Sequence[int]) -> None:
-        """Let the system have the memory of free blocks again; it comes back when they are written."""
+        """Let the system have the memory of free blocks again; it comes back when they are
+        written."""
         if not self._on_cpu or not free:
             return
         for first, last in _runs(sorted(free)):

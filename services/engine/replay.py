@@ -17,7 +17,8 @@ from llmos.services.engine.session import ChatSession, InferSession, Session
 
 @dataclass
 class Replayed:
-    """How the last answer stands. `stopped`: its user has stopped it, and it has not been ended yet."""
+    """How the last answer stands. `stopped`: its user has stopped it, and it has not been ended
+    yet."""
 
     stopped: bool = False
     rest_is_sent: bool = False  # the text that was held back when it was stopped

@@ -1,97 +1,254 @@
-"""Choose the next token from the model's scores. It knows no model and no text.
+"""Choose the next tokens from a model's scores. It knows no model and no text.
 
-Greedy at temperature 0. Otherwise, in transformers' order: the scores are divided by the
-temperature, the `top_k` highest stay, of these the likeliest that together hold the
-probability `top_p` (Holtzman et al. 2020), and one is drawn.
+Greedy at temperature 0, and where only one can be drawn (top_k 1, top_p 0). Otherwise, in the order
+of transformers and vLLM: bias and penalties (`penalties`), what a constraint forbids, temperature,
+top_k, top_p, min_p, and one is drawn (`draw`).
+
+A sampler has a generator of its own: what others draw changes nothing for it. Each token takes
+exactly one number of it, whatever it is chosen from and whether it was chosen at all: `choose`
+looks at the number of the token to come, and `accept` passes it. So an answer is brought to where
+it was by accepting its tokens again, and to choose twice without accepting gives the same token.
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
 from __future__ import annotations
 
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
+from llmos.services.engine import draw
+from llmos.services.engine.draw import Columns
+from llmos.services.engine.penalties import Penalties, is_penalized, penalize, read_bias
 
-class Sampler:
-    """A generator of its own for each guest: what others draw changes nothing here."""
-
-    def __init__(self, temperature: float, top_k: int, top_p: float, seed: int) -> None:
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, logits: Tensor) -> int:
-        """The next token from `logits` of shape (vocabulary,)."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        scores = logits.float().cpu() / self.temperature
-        count = min(self.top_k or len(scores), len(scores))
-        # Sorted, the likeliest first: both cuts below are then cuts at the end.
-        scores, tokens = scores.topk(count) if count < len(scores) else scores.sort(descending=True)
-        up_to = scores.double().softmax(0).cumsum(0)
-        if self.top_p < 1:
-            # A token stays when those before it hold less than top_p; the first always stays.
-            up_to = up_to[: 1 + int((up_to[:-1] < self.top_p).sum())]
-        drawn = int((up_to < self._uniform() * up_to[-1]).sum())
-        return int(tokens[min(drawn, len(up_to) - 1)])
-
-    def skip(self) -> None:
-        """Pass over what the choice of one token takes from the generator."""
-        if self.temperature != 0:
-            self._uniform()
-
-    def _uniform(self) -> Tensor:
-        """One number for each token, whatever it is chosen from: so that tokens can be skipped."""
-        return torch.rand((), dtype=torch.float64, generator=self._generator)
+# Columns that the narrow way (see `draw`) looks at where only top_p or min_p cuts. On text of real
+# models they hold 0.95 of the probability nearly always.
+_NUCLEUS = 128
 
 
-# ---- shim until the sampler lands ----
-from dataclasses import dataclass as _d
-from dataclasses import field as _f
-
-
-@_d(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Choice:
+    """A token, and what was asked about it. `token` is draw.NOTHING where no score is a number.
+
+    `logprob` and `top` (pairs of id and log-probability, the likeliest first, among equals the
+    lowest id) are natural and of the model's own scores.
+    """
+
     token: int
     logprob: float | None = None
-    top: list = _f(default_factory=list)
+    top: list[tuple[int, float]] = field(default_factory=list)
 
 
-class _Old(Sampler):
-    pass
+class Constraint(Protocol):
+    """What an answer may look like (see `constrain`)."""
+
+    done: bool  # complete: only the end of text may follow
+
+    def forbid(self, scores: Tensor) -> None:
+        """Set scores (vocabulary,) of tokens that may not come next to -inf, in place."""
+
+    def accept(self, token: int) -> None:
+        """The token was taken."""
 
 
-class Sampler:  # type: ignore
-    def __init__(self, args, seed, vocabulary, prompt_ids=(), constraint=None):
-        self.args = args
-        self.old = _Old(args.temperature, args.top_k, args.top_p, seed)
+class Sampler:
+    """One answer's choice of tokens."""
 
-    def accept(self, token, replayed=False):
-        if replayed:
-            self.old.skip()
+    def __init__(
+        self,
+        args: Any,
+        seed: int,
+        vocabulary: int,
+        prompt_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        """`args` has the fields of Generation. Raises BadArgument (logit_bias)."""
+        self._random = random.Random(seed % 2**64)
+        self._uniform = self._random.random()
+        self._vocabulary = vocabulary
+        self._prompt = prompt_ids
+        self._counts: dict[int, int] = {}
+        self.constraint = constraint
+        self.change(args)
 
-    def change(self, args):
-        self.args = args
-        self.old.temperature, self.old.top_k, self.old.top_p = (
-            args.temperature,
-            args.top_k,
-            args.top_p,
-        )
+    def change(self, args: Any) -> None:
+        """Other settings from the next token on. Raises BadArgument, and then changes nothing."""
+        bias = read_bias(args.logit_bias, self._vocabulary)
+        self.penalties: Penalties | None = None
+        if bias or is_penalized(args):
+            self.penalties = Penalties(args, bias, self._prompt, self._vocabulary)
+            for token, times in self._counts.items():
+                self.penalties.count(token, times)
+        self.logprobs: int | None = args.logprobs
+        top_k = int(args.top_k) if args.top_k < self._vocabulary else 0
+        log_min_p = math.log(args.min_p) if args.min_p > 0 else -math.inf
+        self._settings = (float(args.temperature), top_k, float(args.top_p), log_min_p)
+        self.way = _way(self._settings, self._vocabulary)
 
-    def reseed(self, seed):
-        self.old._generator = torch.Generator().manual_seed(seed)
+    def begin(
+        self, prompt_ids: Sequence[int], args: Any, constraint: Constraint | None = None
+    ) -> None:
+        """The next answer of the same chat: penalties begin anew, the generator goes on."""
+        self._prompt, self._counts, self.constraint = prompt_ids, {}, constraint
+        self.change(args)
 
-    def go_on_from(self, other):
-        self.old._generator = other.old._generator
+    def accept(self, token: int) -> None:
+        """The token was taken, whether it was chosen here or by an engine before this one."""
+        times = self._counts[token] = self._counts.get(token, 0) + 1
+        if self.penalties is not None:
+            self.penalties.count(token, times)
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        self._uniform = self._random.random()
+
+    @property
+    def finished(self) -> bool:
+        """Is all that was asked for there, so that only the end of text may follow?"""
+        return self.constraint is not None and self.constraint.done
+
+    @property
+    def edits(self) -> bool:
+        """Are scores changed before a token is chosen?"""
+        return self.constraint is not None or self.penalties is not None
+
+    def columns(self) -> tuple[float, ...]:
+        """A row for draw.Columns."""
+        return (*self._settings, self._uniform)
 
 
-def choose(logits, samplers):
-    if all(s.args.temperature == 0 for s in samplers):
-        return [Choice(t) for t in logits.argmax(-1).tolist()]
-    return [Choice(s.old(l)) for s, l in zip(samplers, logits)]
+class _Way(Enum):
+    """How a token is found; rows of one way are drawn together."""
+
+    GREEDY = auto()
+    TOP_K = auto()
+    NUCLEUS = auto()  # top_p or min_p without top_k
+    WIDE = auto()
+    UNCUT = auto()
 
 
-def score(logits, tokens, top):
-    lp = logits.float().log_softmax(-1)
-    return [Choice(t, float(lp[i, t]), []) for i, t in enumerate(tokens)]
+@torch.inference_mode()
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
+    """The next token of each row of `logits` (rows, vocabulary), one sampler for each row.
+
+    Results leave the device once; a second time where log-probabilities are asked for, or where
+    many tokens are needed to fill a top_p.
+    """
+    logits = logits.detach()
+    ways: dict[tuple[bool, _Way], list[int]] = defaultdict(list)
+    for row, sampler in enumerate(samplers):
+        ways[sampler.edits, sampler.way].append(row)
+    tokens = dict(_draw_all(logits, samplers, ways))
+    undecided: dict[tuple[bool, _Way], list[int]] = defaultdict(list)
+    for row, token in tokens.items():
+        if token == draw.UNDECIDED:
+            undecided[samplers[row].edits, _Way.WIDE].append(row)
+    tokens.update(_draw_all(logits, samplers, undecided))
+    choices = [Choice(tokens[row]) for row in range(len(samplers))]
+    _tell_logprobs(logits, samplers, choices)
+    return choices
+
+
+@torch.inference_mode()
+def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Choice]:
+    """The log-probabilities of given tokens, and the `top` likeliest in the place of each.
+
+    `logits`: (tokens, vocabulary), the scores from which each token could have been chosen.
+    """
+    given = torch.tensor(tokens, dtype=torch.int64).to(logits.device)
+    return _score(logits.detach(), given, tokens, top)
+
+
+def _way(settings: tuple[float, int, float, float], vocabulary: int) -> _Way:
+    temperature, top_k, top_p, log_min_p = settings
+    if temperature == 0 or top_k == 1 or top_p == 0:
+        return _Way.GREEDY
+    if not top_k and top_p == 1 and log_min_p == -math.inf:
+        return _Way.UNCUT
+    if not draw.is_narrow(top_k + draw.SPARE if top_k else _NUCLEUS, vocabulary):
+        return _Way.WIDE
+    return _Way.TOP_K if top_k else _Way.NUCLEUS
+
+
+def _draw_all(
+    logits: Tensor, samplers: Sequence[Sampler], ways: dict[tuple[bool, _Way], list[int]]
+) -> Iterator[tuple[int, int]]:
+    """-> (row, token) for each row that is in `ways`."""
+    order: list[int] = []
+    drawn: list[Tensor] = []
+    for (edits, way), rows in ways.items():
+        for part, scores in _parts(logits, rows):
+            among = [samplers[row] for row in part]
+            drawn.append(_draw(_edited(scores, among) if edits else scores, among, way))
+            order += part
+    return zip(order, torch.cat(drawn).tolist() if drawn else (), strict=True)
+
+
+def _parts(logits: Tensor, rows: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+    """Some rows of `logits`: a copy, in parts; all of them as they are."""
+    if len(rows) == len(logits):
+        yield rows, logits
+        return
+    for piece in draw.pieces(logits[: len(rows)]):
+        index = torch.tensor(rows[piece]).to(logits.device, non_blocking=True)
+        yield rows[piece], logits[index]
+
+
+def _edited(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """The scores after penalties and constraints, in float32."""
+    scores = scores.to(torch.float32, copy=True)
+    penalize(scores, [sampler.penalties for sampler in samplers])
+    for row, sampler in enumerate(samplers):
+        if sampler.constraint is not None:
+            sampler.constraint.forbid(scores[row])
+    return scores
+
+
+def _draw(scores: Tensor, samplers: Sequence[Sampler], way: _Way) -> Tensor:
+    """-> (rows,) ids."""
+    if way is _Way.GREEDY:
+        return draw.greedy(scores)
+    settings = [sampler.columns() for sampler in samplers]
+    columns = Columns.of(settings, scores.device)
+    if way is _Way.TOP_K:
+        most = max(int(top_k) for _, top_k, *_ in settings) + draw.SPARE
+        return draw.draw_narrow(scores, columns, most, weigh_all=False)
+    if way is _Way.NUCLEUS:
+        weigh_all = any(top_p < 1 for _, _, top_p, *_ in settings)
+        return draw.draw_narrow(scores, columns, _NUCLEUS, weigh_all=weigh_all)
+    return draw.draw_wide(scores, columns, cuts=way is _Way.WIDE)
+
+
+def _tell_logprobs(logits: Tensor, samplers: Sequence[Sampler], choices: list[Choice]) -> None:
+    """Put in what the samplers that ask for log-probabilities ask for."""
+    asked = [(row, one.logprobs) for row, one in enumerate(samplers) if one.logprobs is not None]
+    if not asked:
+        return
+    most = max(top for _, top in asked)
+    for part, scores in _parts(logits, [row for row, _ in asked]):
+        tokens = [choices[row].token for row in part]
+        given = torch.tensor(tokens, dtype=torch.int64).to(logits.device)
+        for row, scored in zip(part, _score(scores, given, tokens, most), strict=True):
+            choices[row] = replace(scored, top=scored.top[: samplers[row].logprobs])
+
+
+def _score(logits: Tensor, given: Tensor, tokens: Sequence[int], top: int) -> list[Choice]:
+    parts = []
+    for piece in draw.pieces(logits):
+        scores = logits[piece]
+        mass = draw.log_mass(scores)
+        found = scores.gather(1, given[piece].clamp(min=0).unsqueeze(1))
+        values, ids = draw.highest(scores, top) if top else (found[:, :0], given[:0])
+        parts.append(torch.cat((found - mass, values - mass, ids.view(values.shape)), 1))
+    told = torch.cat(parts).tolist() if parts else []
+    count = (len(told[0]) - 1) // 2 if told else 0
+    return [
+        Choice(token, logprob, list(zip(map(int, rest[count:]), rest[:count], strict=True)))
+        for token, (logprob, *rest) in zip(tokens, told, strict=True)
+    ]

@@ -1,8 +1,8 @@
 """One guest of an engine: its prompt, its answers, its limits.
 
-A session has one answer, or several side by side (`n`, beams), which begin with the same prompt. It says
-which ids are to be computed, takes each new token, and tells what text it gives and whether the answer
-ends with it. It computes nothing itself and emits nothing.
+A session has one answer, or several side by side (`n`, beams), which begin with the same prompt. It
+says which ids are to be computed, takes each new token, and tells what text it gives and whether
+the answer ends with it. It computes nothing itself and emits nothing.
 """
 
 from __future__ import annotations
@@ -171,20 +171,24 @@ class Session(Served):
         self.texts = [self.new_answer(0, ids)]
 
     def new_answer(self, index: int, ids: list[int]) -> Answer:
-        args, loaded = self.args, self.loaded
-        sampler = Sampler(args, self.seed + index, loaded.vocabulary, ids, self._constraint())
-        stream = TextStream(loaded.tokenizer, ids)
-        stops = StopStrings(args.stop)
-        return Answer(index, list(ids), sampler=sampler, stream=stream, stops=stops)
+        tokenizer = self.loaded.tokenizer
+        stream, stops = TextStream(tokenizer, ids), StopStrings(self.args.stop)
+        return Answer(
+            index, list(ids), sampler=self.sampler(index, ids), stream=stream, stops=stops
+        )
+
+    def sampler(self, index: int, ids: list[int]) -> Sampler:
+        """Who chooses the tokens of an answer to `ids`. Raises BadArgument."""
+        return Sampler(self.args, self.seed + index, self.loaded.vocabulary, ids)
 
     def split(self) -> list[Answer]:
         """The prompt is computed: from here on there are as many answers as were asked for
         -> those that are new."""
         return []
 
-    def accept(self, answer: Answer, choice: Choice) -> str:
+    def accept(self, answer: Answer, token: int) -> str:
         """Take the next token of an answer; -> its text. `finish_reason` says whether it ends."""
-        token = choice.token
+        answer.sampler.accept(token)
         answer.tokens += 1
         answer.ids.append(token)
         piece = answer.stops.push(answer.stream.push(token))
@@ -200,8 +204,7 @@ class Session(Served):
         if answer is None:
             answer = self.new_answer(index, self.answers[0].ids[: self.prompt_tokens])
             self.answers.append(answer)
-        answer.sampler.accept(token, replayed=True)
-        self.accept(answer, Choice(token))
+        self.accept(answer, token)
         return answer.finish_reason
 
     def resume(self) -> None:
@@ -254,9 +257,6 @@ class Session(Served):
             ) from None
         return self.encode(text, special=False)
 
-    def _constraint(self) -> Constraint | None:
-        return None
-
     def _finish_reason(self, token: int, answer: Answer) -> str:
         if answer.stops.hit:
             return "stop"
@@ -308,9 +308,10 @@ class InferSession(Session):
     def shares_prefix(self) -> bool:
         return super().shares_prefix and self.args.prompt_logprobs is None
 
-    def _constraint(self) -> Constraint | None:
-        loaded = self.loaded
-        return Constraint.of(loaded.tokenizer, self.args, loaded.stop_ids, loaded.vocabulary)
+    def sampler(self, index: int, ids: list[int]) -> Sampler:
+        given = self.loaded
+        form = Constraint.of(given.tokenizer, self.args, given.stop_ids, given.vocabulary)
+        return Sampler(self.args, self.seed + index, given.vocabulary, ids, form)
 
     def _prompt(self) -> list[int]:
         args = self.args
@@ -347,7 +348,7 @@ class ChatSession(Session):
         self.has_forgotten = False  # did the last turn need room that older ones had?
         self.history: list[dict[str, Any]] = []
         self._running: list[int] = []  # without a template: the ids of the text so far
-        # One for the whole conversation: a turn goes on with the generator of the one before.
+        # One for the whole conversation: a turn goes on with the generator of the one before it.
         self._sampler: Sampler | None = None
 
     def start_turn(self, prompt: str) -> None:
@@ -362,12 +363,12 @@ class ChatSession(Session):
             self.history.pop()
             raise
 
-    def new_answer(self, index: int, ids: list[int]) -> Answer:
-        answer = super().new_answer(index, ids)
-        if self._sampler is not None:
-            answer.sampler.go_on_from(self._sampler)
-        self._sampler = answer.sampler
-        return answer
+    def sampler(self, index: int, ids: list[int]) -> Sampler:
+        if self._sampler is None:
+            self._sampler = super().sampler(index, ids)
+        else:
+            self._sampler.begin(ids, self.args)
+        return self._sampler
 
     def end(self, answer: Answer, finish_reason: str) -> bool:
         self.history.append({"role": "assistant", "content": answer.text})
@@ -393,14 +394,14 @@ class ChatSession(Session):
         """Set parameters from the next token on. Raises BadArgument, and then changes none."""
         for name, value in values.items():
             _check_setting(name, value)
-        self.args = args = replace(self.args, **values)
+        args = replace(self.args, **values)
+        if self._sampler is not None:
+            self._sampler.change(args)
+        self.args = args
         if values.get("seed") is not None:
             self.seed, self._sampler = args.seed, None
-        for answer in self.answers:
-            answer.sampler.change(args)
-            if values.get("seed") is not None:
-                answer.sampler.reseed(args.seed)
-                self._sampler = answer.sampler
+            for answer in self.answers:
+                answer.sampler = self.sampler(0, answer.ids[: self.prompt_tokens])
 
     def _fit_history(self) -> list[int]:
         """The conversation as ids; its oldest turns go when it has outgrown the context."""

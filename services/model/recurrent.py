@@ -94,7 +94,7 @@ class RecurrentState:
         """Each row of the batch as a state of its own."""
         first = self.layers[0]
         rows = (first[0] if isinstance(first, tuple) else first).shape[1]
-        index = torch.arange(rows).split(1)
+        index = torch.split(torch.arange(rows), 1)
         return [
             RecurrentState([_reorder(h, row) for h in self.layers], self.seen_tokens)
             for row in index

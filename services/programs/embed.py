@@ -1,4 +1,5 @@
-"""Embed: vectors of texts, by a language model. They are made by `engine`; here is only the schema."""
+"""Embed: vectors of texts, by a language model. They are made by `engine`; here is only the
+schema."""
 
 from __future__ import annotations
 

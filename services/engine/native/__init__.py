@@ -1,8 +1,8 @@
 """Kernels in C++ for what torch has no fast operator for, built where a compiler is.
 
-`paged.cpp` is compiled once for each machine (some seconds), into the cache of whoever runs it. Where
-there is no compiler, or what it made does not compute what it should, everything runs in torch alone;
-`why_not` then says so in one line.
+`paged.cpp` is compiled once for each machine (some seconds), into the cache of whoever runs it.
+Where there is no compiler, or what it made does not compute what it should, everything runs in
+torch alone; `why_not` then says so in one line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The books of an engine's blocks: sharing, forks, eviction; against a model that keeps whole texts."""
+"""The books of an engine's blocks: sharing, forks, eviction; against a model that keeps whole
+texts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Greedy texts of one running batch are those of generate(), token for token, whatever else goes on.
+"""Greedy texts of one running batch are those of generate(), token for token, whatever else goes
+on.
 
-Where the reference's own two best scores are nearly equal either may win; such a flip is followed: from
-there on the reference goes on with the engine's token.
+Where the reference's own two best scores are nearly equal either may win; such a flip is followed:
+from there on the reference goes on with the engine's token.
 """
 
 from __future__ import annotations
