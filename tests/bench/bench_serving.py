@@ -1,0 +1,245 @@
+"""Many streams at once: the bare engine loop, and the same through the kernel; peers beside them.
+
+    python tests/bench/bench_serving.py MODEL [--dtype bfloat16] [--streams 1 8 32]
+        [--prompt 128] [--tokens 64] [--rounds 3] [--peer NAME=COMMAND ...]
+
+MODEL is a folder. Each round has a bare part (an engine's host in a process of its own, nobody else)
+and a part through a kernel: as many attached `infer` as streams, begun at once, greedy, prompts of
+random ids that share nothing. Printed, medians over the rounds: tokens per second from the first
+request to the last token; time to the first token; gap between tokens; memory of the engine's worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from llmos.shell import AsyncClient, Client
+from llmos.shell.home import Home
+from llmos.shell.launch import boot, wait_gone
+
+Stamps = list[float]  # of one stream: when it was begun, then when each token came
+
+
+def prompts(streams: int, length: int, vocabulary: int, seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(5, vocabulary - 5) for _ in range(length)] for _ in range(streams)]
+
+
+def infer_args(args: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
+    return {
+        "model": args.model, "dtype": args.dtype, "prompt_ids": ids, "max_tokens": args.tokens,
+        "temperature": 0.0, "ignore_eos": True,
+    }  # fmt: skip
+
+
+# ---- the bare loop, in a process of its own ----
+
+
+def bare(args: argparse.Namespace) -> None:
+    """Prints one JSON line for each round and number of streams: the stamps of all streams."""
+    from llmos.services.engine.host import Host
+    from llmos.services.programs.base import Guest, Idle, OpenGate
+
+    class Quiet:
+        """As little of a worker as an engine needs."""
+
+        def __init__(self) -> None:
+            self.stamps: dict[int, Stamps] = {}
+
+        clock = staticmethod(time.perf_counter)
+
+        def emit(self, kind: str, pid: int, **values: Any) -> None:
+            if kind == "text":
+                self.stamps[pid].append(time.perf_counter())
+
+        def guest_done(self, pid: int, done: Any) -> None:
+            assert done.status == 0, done
+
+    host = Host(args.model, args.dtype, "cpu", args.threads, OpenGate())
+    print(json.dumps({"vocabulary": host._loaded.vocabulary}), flush=True)
+    for line in sys.stdin:
+        streams, seed = json.loads(line)
+        ctx: Any = Quiet()
+        for pid, ids in enumerate(prompts(streams, args.prompt, host._loaded.vocabulary, seed), 1):
+            ctx.stamps[pid] = [time.perf_counter()]
+            host.admit(ctx, Guest(pid, "infer", infer_args(args, ids), (0, 0, pid)))
+        while not isinstance(host.step(ctx), Idle):
+            pass
+        print(json.dumps(list(ctx.stamps.values())), flush=True)
+
+
+class Bare:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", __file__, *sys.argv[1:], "--bare-loop"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.vocabulary = int(self._said()["vocabulary"])
+
+    def run(self, streams: int, seed: int) -> list[Stamps]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([streams, seed]) + "\n")
+        self.process.stdin.flush()
+        return list(self._said())
+
+    def memory(self) -> int:
+        return private_bytes(self.process.pid)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _said(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+
+# ---- through the kernel ----
+
+
+class Served:
+    def __init__(self, args: argparse.Namespace, folder: str, vocabulary: int) -> None:
+        self.args, self.vocabulary = args, vocabulary
+        os.environ["LLMOS_HOME"] = folder
+        self.home = Home.find()
+        boot(self.home)
+
+    def run(self, streams: int, seed: int) -> list[Stamps]:
+        return asyncio.run(self._run(prompts(streams, self.args.prompt, self.vocabulary, seed)))
+
+    async def _run(self, given: list[list[int]]) -> list[Stamps]:
+        async with AsyncClient(self.home.path) as client:
+            return await asyncio.gather(*(self._one(client, ids) for ids in given))
+
+    async def _one(self, client: AsyncClient, ids: list[int]) -> Stamps:
+        stamps = [time.perf_counter()]
+        pid = await client.submit("infer", infer_args(self.args, ids), attached=True)
+        async for record in client.attach(pid):
+            if record["kind"] == "text":
+                stamps.append(time.perf_counter())
+        return stamps
+
+    def memory(self) -> int:
+        return max(private_bytes(pid) for pid in self.workers())
+
+    def workers(self) -> set[int]:
+        """The OS processes of the engine."""
+        with Client(self.home.path) as client:
+            (engine,) = (r for r in client.ps() if r["role"] == "engine")
+        end = f"{engine['worker_id']}/sock"
+        inodes = {
+            words[6] for line in Path("/proc/net/unix").read_text().splitlines()
+            if len(words := line.split()) == 8 and words[7].endswith(end)
+        }  # fmt: skip
+        return holders(inodes)
+
+    def weigh(self) -> None:
+        """As much weight for the kernel and the engine as this process has, on a busy machine."""
+        own = Path("/proc/self/autogroup").read_text().split()[-1]
+        for pid in {*self.workers(), self._status("kernel")["os_pid"]}:
+            Path(f"/proc/{pid}/autogroup").write_text(own)
+
+    def _status(self, part: str) -> Any:
+        with Client(self.home.path) as client:
+            return client.status()[part]
+
+    def close(self) -> None:
+        kernel = self._status("kernel")["os_pid"]
+        with Client(self.home.path) as client:
+            client.shutdown()
+        wait_gone(kernel, 60)
+
+
+def holders(inodes: set[str]) -> set[int]:
+    """The OS processes that have one of these sockets open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link).removeprefix("socket:[").rstrip("]") in inodes:
+                found.add(int(link.parts[2]))
+    return found
+
+
+def private_bytes(pid: int) -> int:
+    """Memory of a process that it shares with nobody."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = [line.split() for line in text.splitlines() if line.startswith("Private_")]
+    return sum(int(words[1]) * 1024 for words in found)
+
+
+# ---- figures ----
+
+
+def figures(streams: list[Stamps]) -> dict[str, float]:
+    tokens = sum(len(s) - 1 for s in streams)
+    began, ended = min(s[0] for s in streams), max(s[-1] for s in streams)
+    gaps = sorted(b - a for s in streams for a, b in zip(s[1:], s[2:], strict=False))
+    firsts = sorted(s[1] - s[0] for s in streams)
+    return {
+        "tokens/s": tokens / (ended - began),
+        "first p50 ms": firsts[len(firsts) // 2] * 1e3,
+        "first worst ms": firsts[-1] * 1e3,
+        "gap p50 ms": gaps[len(gaps) // 2] * 1e3,
+        "gap p99 ms": gaps[int(len(gaps) * 0.99)] * 1e3,
+    }
+
+
+def show(label: str, rounds: list[dict[str, float]], memory: int) -> dict[str, float]:
+    median = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
+    shown = "  ".join(f"{k} {v:8.1f}" for k, v in median.items())
+    print(f"{label:<22} {shown}  private {memory / 2**20:6.0f} MiB", flush=True)
+    return median
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--weigh", action="store_true", help="as root: autogroup as this one's")
+    parser.add_argument("--bare-loop", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.model = str(Path(args.model).resolve())
+    if args.bare_loop:
+        bare(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        loop = Bare(args)
+        served = Served(args, folder, loop.vocabulary)
+        try:
+            served.run(1, 0)  # loads the model
+            if args.weigh:
+                served.weigh()
+            loop.run(1, 0)
+            for streams in args.streams:
+                rounds: dict[str, list[dict[str, float]]] = {"bare": [], "kernel": []}
+                for seed in range(1, args.rounds + 1):
+                    rounds["bare"].append(figures(loop.run(streams, seed)))
+                    rounds["kernel"].append(figures(served.run(streams, seed)))
+                alone = show(f"{streams:3} bare loop", rounds["bare"], loop.memory())
+                through = show(f"{streams:3} through the kernel", rounds["kernel"], served.memory())
+                print(f"    ratio of tokens/s: {through['tokens/s'] / alone['tokens/s']:.3f}")
+        finally:
+            loop.close()
+            served.close()
+
+
+if __name__ == "__main__":
+    main()
