@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
@@ -79,9 +79,9 @@ def of_transformers(
 def assert_draws_from(logits: Tensor, samplers_of: Any, probabilities: Tensor) -> None:
     """The whole distribution: in the order of ids, each token has the numbers that are its own."""
     ends = probabilities.cumsum(0)
-    likely = (probabilities > 1e-6).nonzero().flatten().tolist()
+    likely = (probabilities > 1e-5).nonzero().flatten().tolist()
     some = {*likely[:5], *likely[-5:], *likely[:: len(likely) // 20 + 1]}
-    points = [(token, at) for token in some for at in (0.01, 0.99)]
+    points = [(token, at) for token in some for at in (0.1, 0.9)]
     rows = [samplers_of() for _ in points]
     for one, (token, at) in zip(rows, points, strict=True):
         one._uniform = float(ends[token] - (1 - at) * probabilities[token])
@@ -101,7 +101,6 @@ SETTINGS = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     asked=SETTINGS,
     seed=st.integers(0, 2**32),
@@ -291,17 +290,17 @@ def test_penalties_follow_the_answer_and_a_change() -> None:
     assert tokens(logits, [one]) == [0]
 
 
-def test_the_next_answer_of_a_chat_begins_without_penalties_and_goes_on_in_the_generator() -> None:
+def test_the_next_answer_of_a_chat_goes_on_in_the_generator_and_knows_no_penalties() -> None:
     logits = scores(1, LARGE, 0)
     args = replace(PLAIN, presence_penalty=1.0)
-    one, other = Sampler(args, 5, LARGE, [1]), Sampler(args, 5, LARGE, [1, 2])
-    for each in (one, other):
+    first, other = Sampler(args, 5, LARGE, [1]), sampler(LARGE, 5)
+    for each in (first, other):
         each.accept(4)
-    one.begin([1, 2], args)
-    assert one.penalties is not None
-    assert len(one.penalties.table) == 0
-    assert one._uniform == other._uniform
-    assert tokens(logits, [one]) != tokens(logits, [Sampler(args, 5, LARGE, [1, 2])])
+    second = Sampler(args, 99, LARGE, [1, 4, 2])
+    second.go_on_from(first)
+    assert tokens(logits, [second]) == tokens(logits, [other])
+    second.reseed(5)
+    assert tokens(logits, [second]) == tokens(logits, [sampler(LARGE, 5)])
 
 
 def test_ids_of_a_prompt_that_have_no_score_are_passed_over() -> None:
