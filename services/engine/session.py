@@ -348,7 +348,7 @@ class ChatSession(Session):
         self.has_forgotten = False  # did the last turn need room that older ones had?
         self.history: list[dict[str, Any]] = []
         self._running: list[int] = []  # without a template: the ids of the text so far
-        # One for the whole conversation: a turn goes on with the generator of the one before it.
+        # That of the last turn: the next one goes on with its generator.
         self._sampler: Sampler | None = None
 
     def start_turn(self, prompt: str) -> None:
@@ -364,11 +364,11 @@ class ChatSession(Session):
             raise
 
     def sampler(self, index: int, ids: list[int]) -> Sampler:
-        if self._sampler is None:
-            self._sampler = super().sampler(index, ids)
-        else:
-            self._sampler.begin(ids, self.args)
-        return self._sampler
+        made = super().sampler(index, ids)
+        if self._sampler is not None:
+            made.go_on_from(self._sampler)
+        self._sampler = made
+        return made
 
     def end(self, answer: Answer, finish_reason: str) -> bool:
         self.history.append({"role": "assistant", "content": answer.text})
@@ -399,9 +399,9 @@ class ChatSession(Session):
             self._sampler.change(args)
         self.args = args
         if values.get("seed") is not None:
-            self.seed, self._sampler = args.seed, None
-            for answer in self.answers:
-                answer.sampler = self.sampler(0, answer.ids[: self.prompt_tokens])
+            self.seed = args.seed
+            if self._sampler is not None:
+                self._sampler.reseed(args.seed)
 
     def _fit_history(self) -> list[int]:
         """The conversation as ids; its oldest turns go when it has outgrown the context."""
