@@ -20,7 +20,7 @@ from llmos.kernel.events import (
     ResumeAsked,
     StopAsked,
 )
-from llmos.kernel.guests import join_engine, rest_engine
+from llmos.kernel.guests import join_engine, rest_engine, want
 from llmos.kernel.lifecycle import end, end_unneeded, to_waiting
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import CLASSES, Process, Role, State
@@ -146,6 +146,8 @@ def resume_asked(m: Machine, e: ResumeAsked) -> None:
             proc, State.WAITING, "resumed by a person", "input" if proc.awaits_input else "engine"
         )
         join_engine(m, proc)
+        if not proc.awaits_input:
+            want(m, m.engine_of(proc))
         _tell_rank(m, proc)
     elif worker is not None and worker.moving == "in":
         m.move(proc, State.STARTING, "resumed by a person; its memory is on its way back")

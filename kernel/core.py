@@ -253,7 +253,8 @@ def _look(m: Machine, proc: Process) -> None:
     watch.look(m, worker)
     if worker.idle_since is not None:
         keep = float(proc.args.get("keep_alive_s", 300.0))
-        if 0 <= keep <= m.now - worker.idle_since + 1e-6:
+        kept = keep == 0 and m.guests_of(proc.pid)  # a chat does not load it for each turn
+        if 0 <= keep <= m.now - worker.idle_since + 1e-6 and not kept:
             room.end_engine(m, worker, f"idle for {keep:.0f} s")
         return
     if proc.deadline_at is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmos.kernel import turns
+from llmos.kernel import admission, turns
 from llmos.kernel.errors import Busy, IllegalMove
 from llmos.kernel.events import (
     GuestIdle,
@@ -75,6 +75,10 @@ def input_given(m: Machine, e: InputGiven) -> None:
     if worker is None or e.pid not in worker.admitted:
         # The engine does not know it yet: it gets the input right after the guest.
         m.early_input.setdefault(e.pid, []).append(given)
+        if proc.state is State.WAITING and proc.reason == "input" and worker is None:
+            proc.awaits_input = False
+            m.move(proc, State.WAITING, "has input", "engine")
+            want(m, engine)
         return
     turns.forward(m, worker, e.pid, given)
     proc.awaits_input = False
@@ -126,14 +130,40 @@ def leave_unread(m: Machine, worker: Worker) -> None:
 
 
 def rest_engine(m: Machine, worker: Worker) -> None:
-    """An engine without a runnable guest keeps its model for a while, then leaves."""
+    """An engine without a runnable guest keeps its model for a while, then leaves. With guests that
+    rest (a chat between turns, a paused one) it comes back for the next turn."""
     proc = m.procs[worker.pid]
     if proc.state in (State.READY, State.RUNNING, State.PREEMPTED):
         m.move(proc, State.WAITING, "idle: keeps the model loaded", "idle")
-    if m.guests_of(proc.pid):
-        return  # a chat between turns or a paused guest: it stays
     worker.idle_since = m.now
     keep = float(proc.args.get("keep_alive_s", 300.0))
     if keep >= 0:
         m.wake_at(m.now + keep, pid=proc.pid)
     m.line_dirty = True  # somebody may have waited for just that
+
+
+def unload(m: Machine, engine: Process, why: str) -> bool:
+    """Its worker is gone, and its guests rest: it is started again when one of them wants it
+    -> False when they have moved to another engine of the same model, and this one can end."""
+    guests = m.guests_of(engine.pid)
+    now = m.return_engine(engine)
+    if now is engine:
+        m.move(engine, State.WAITING, f"{why}; its guests rest", "unloaded")
+        engine.residency = Residency.NONE
+        m.save(engine)
+    for guest in guests:
+        if not rests(guest):
+            join_engine(m, guest)
+            want(m, now)
+    return now is engine
+
+
+def rests(guest: Process) -> bool:
+    """A chat between two turns, or a process that a person has paused."""
+    return guest.awaits_input or guest.state is State.PAUSED
+
+
+def want(m: Machine, engine: Process | None) -> None:
+    """Somebody needs an engine: one that was unloaded stands in line for memory."""
+    if engine is not None and engine.state is State.WAITING and engine.reason == "unloaded":
+        admission.wait_for_memory(m, engine)

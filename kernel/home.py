@@ -24,6 +24,7 @@ class Home:
         self.socket = path / "kernel.sock"
         self.lock = path / "kernel.lock"
         self.journal = path / "journal.db"
+        self.attached = path / "attached"
         self.manifest = path / "manifest.json"
         self.services = path / "services.json"
         self.profiles = path / "profiles.json"

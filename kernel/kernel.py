@@ -24,13 +24,14 @@ from typing import Any
 from llmos.drivers.base import DeviceInfo, Driver, DriverEvent, WorkerSpec
 from llmos.kernel import access, disks, retention
 from llmos.kernel import events as ev
+from llmos.kernel.attached import AttachedGuests
 from llmos.kernel.calls import Calls
 from llmos.kernel.config import Config, policy_of, settings_of
 from llmos.kernel.connection import Connection
 from llmos.kernel.core import Core
 from llmos.kernel.database import unused
 from llmos.kernel.dmesg import Cause, Dmesg
-from llmos.kernel.errors import LlmosError, TimedOut
+from llmos.kernel.errors import HomeUnusable, LlmosError, TimedOut
 from llmos.kernel.health import LOOK_S, Health
 from llmos.kernel.home import Home, boot_id
 from llmos.kernel.installed import Installed
@@ -42,6 +43,7 @@ from llmos.kernel.names import user_name
 from llmos.kernel.orders import EXECUTORS
 from llmos.kernel.planner import Planner
 from llmos.kernel.process import Process, Role, State
+from llmos.kernel.rows import DamagedRow, unpack_row
 from llmos.kernel.services import Services
 from llmos.kernel.streams import Growth, trim
 
@@ -72,6 +74,7 @@ class Kernel:
         self._clock_zero = self.started - time.monotonic()
         self.core = Core(self.now(), policy_of(config), settings_of(config))
         self.journal = Journal(home.journal, disks.disk_of(home.path).network)
+        self.attached = AttachedGuests(home.attached)
         self.journal.on_change = lambda: self.health.look()
         self.journal.on_lost = self._write_journal_anew
         self.journal.on_refused = self._row_refused
@@ -130,6 +133,7 @@ class Kernel:
         boot = f"llmos {version('llmos')}, OS process {os.getpid()}, {names}{died}"
         self.dmesg.write("boot", why=boot)
         self._restore(rows)
+        self._left_attached = self.attached.open()
         self.health.look()
         for pid, why in self.journal.aside.items():
             log(f"the row of process {pid} is damaged ({why}) and set aside: `llmos fsck` tells")
@@ -177,6 +181,7 @@ class Kernel:
         old = list((self.home.path / "w").iterdir())
         while self.adopting():
             await self.growth.wait(SYSTEM_PID, 1.0)
+        self._restore_attached()
         self.adopted.set()
         known = self.core.m.procs.keys() | self.journal.aside.keys()
         for folder in (self.home.path / "procs").iterdir():
@@ -190,6 +195,27 @@ class Kernel:
         for folder in old:
             if folder.name not in self.core.m.workers:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _restore_attached(self) -> None:
+        """Attached guests that were in an engine which is gone, as the earlier kernel is."""
+        found = []
+        for pid, row in self._left_attached.items():
+            try:
+                guest, _ = unpack_row(row)
+            except (DamagedRow, HomeUnusable) as exc:
+                log(f"attached process {pid} cannot be read: {exc}")
+                continue
+            if guest.pid in self.core.m.procs or guest.pid >= self.first_pid:
+                continue
+            self.core.restore(guest)
+            self.await_owner(pid)
+            found.append(pid)
+        self._left_attached.clear()
+        for pid in self.attached.pids() - self.core.m.procs.keys():
+            self.attached.drop(pid)
+        if found:
+            self._revive_engines()
+            self.carry_out(self.core.resume_all(self.now()))
 
     def _put_aside(self, folder: Path) -> None:
         aside = self.home.path / LOST_AND_FOUND
@@ -290,6 +316,7 @@ class Kernel:
             await driver.close()
         self.planner.save()
         self.journal.close()
+        self.attached.close()
         self.dmesg.write("shutdown", 0, "the kernel ends")
         listeners.remove(self._logged)
         self.dmesg.close()

@@ -32,7 +32,15 @@ from llmos.kernel.events import (
     WorkerIdle,
     WorkerUp,
 )
-from llmos.kernel.guests import has_read, join_engine, leave_unread, rest_engine
+from llmos.kernel.guests import (
+    has_read,
+    join_engine,
+    leave_unread,
+    rest_engine,
+    rests,
+    unload,
+    want,
+)  # fmt: skip
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import Process, Residency, Role, State
 
@@ -59,6 +67,7 @@ def submitted(m: Machine, e: Submitted) -> None:
         m.move(e.process, State.WAITING, "submitted", "engine")
         join_engine(m, e.process)
         host = m.engine_of(e.process)
+        want(m, host)
         if host is not None and host.state is not State.PLANNING:
             m.save(e.process)  # else it is saved, or forgotten, with its engine
     else:
@@ -427,7 +436,7 @@ def _killed(m: Machine, proc: Process, worker: Worker) -> None:
         admission.wait_for_memory(m, to_waiting(m, proc, "restarted by a person"))
     elif proc.role is Role.PROCESS:
         to_be_continued(m, proc, "ended before it had loaded")
-    else:
+    elif m.shutting_down or not m.guests_of(proc.pid) or not unload(m, proc, why):
         end(m, proc, 0, why)
 
 
@@ -503,6 +512,8 @@ def _put_guests_back(m: Machine, engine: Process, worker: Worker, status: int | 
         elif by_person:
             how = describe_status(status)
             end(m, guest, 1, f"the worker of its engine (process {engine.pid}) {how}")
+        elif worker.kill_why and rests(guest) and not m.shutting_down:
+            m.save(guest)  # it needs no engine until its next turn
         else:
             guest.awaits_input = False
             if guest.state is not State.PAUSED:

@@ -209,6 +209,17 @@ class Machine:
         if self.engines.get(engine.engine_key) == engine.pid:
             del self.engines[engine.engine_key]
 
+    def return_engine(self, engine: Process) -> Process:
+        """It was about to end, and its guests want it still -> the engine that they are in: itself,
+        or one of the same key that was made in the meantime."""
+        other = self.engines.setdefault(engine.engine_key, engine.pid)
+        if other != engine.pid:
+            for pid in self.guests.pop(engine.pid, {}):
+                self.procs[pid].engine_pid = other
+                self.guests[other][pid] = None
+            self.guests[engine.pid] = {}
+        return self.procs[other]
+
     def leave_engine(self, proc: Process) -> None:
         """A process has ended: it is in nobody's list any more."""
         mine = self.by_user.get(proc.uid, {})

@@ -82,11 +82,14 @@ def _admit(k: Kernel, o: ev.Admit) -> None:
             k.later(ev.GivenUp(o.pid, f"it could not be admitted: {_why(exc)}"))
             return
         k.health.failed(exc)  # the engine makes it when it can
+    row = _row_of(guest)
+    if row:
+        k.attached.add(o.pid, row)
     k.driver_of(o.worker_id).send(
         o.worker_id,
         {"k": "admit", "pid": o.pid, "program": guest.program, "args": guest.args,
          "rank": list(guest.rank()), "parked": guest.state is State.PAUSED,
-         "work": str(work), "row": _row_of(guest)},
+         "work": str(work), "row": row},
     )  # fmt: skip
 
 
@@ -105,10 +108,12 @@ def _save(k: Kernel, o: ev.Save) -> None:
     proc = k.core.m.procs[o.pid]
     if k.journaled(proc):
         k.journal.save(proc, k.worker_rows.get(proc.pid, {}))
+        k.attached.drop(proc.pid)
 
 
 def _forget(k: Kernel, o: ev.Forget) -> None:
     k.journal.forget(o.pid)
+    k.attached.drop(o.pid)
     folder = k.home.work(o.pid)
     if folder.exists():  # gigabytes of checkpoints take a while
         k.spawn(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))

@@ -88,9 +88,9 @@ def _rank(m: Machine, proc: Process, worker: Worker) -> int | None:
     """How soon a worker goes for `proc`, 0 first; None: not at all."""
     if worker.leaving or worker.away or worker.moving:
         return None
-    if worker.idle_since is not None:
-        return 0
     owner = m.procs[worker.pid]
+    if worker.idle_since is not None and not turns.runnable_guests(m, owner.pid):
+        return 1 if m.guests_of(owner.pid) else 0
     if owner.role is not Role.PROCESS or not worker.loaded or not movable(m, owner):
         return None
     stay = m.now - worker.admitted_at

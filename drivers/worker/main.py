@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import signal
 import socket
 import threading
 import time
@@ -240,6 +241,8 @@ class Worker:
         self.saver = Saver(root, plan, self.device, self.saved, self.note)
         self.program.load(self)
         self.restore()
+        if cls.ends_in_order:
+            signal.signal(signal.SIGTERM, stop_in_order)
         self.loaded = True
         self.link.post({"k": "loaded", **self.device_bytes()}, keep=True)
 
@@ -570,7 +573,7 @@ class Worker:
         self.guests.add(pid)
         self.streams[pid] = Stream(work / "stream")
         guest = self.program.guest_type(
-            pid, m["program"], m["args"], tuple(m["rank"]), records, m["parked"]
+            pid, m["program"], m["args"], tuple(m["rank"]), records, m["parked"], work
         )
         try:
             self.program.admit(self, guest)
@@ -617,6 +620,12 @@ class Worker:
         for pid in pids or tuple(self.marks):
             self.marks.discard(pid)
             self.link.post({"k": "mark", "pid": pid})
+
+
+def stop_in_order(number: int, frame: object) -> None:
+    """Wherever the program is: what it has to say of its end it says in `close`."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+    raise Stopped
 
 
 def main(order: dict[str, Any], listener: socket.socket, team: Team) -> int:

@@ -7,6 +7,7 @@ reports what it computed for whom, so that the kernel can charge it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,12 @@ from llmos.services.engine import batch
 from llmos.services.engine.batch import Candidate, Pace, Rank
 from llmos.services.engine.embedding import EmbedSession
 from llmos.services.engine.loaded import Loaded
-from llmos.services.engine.model import ALL, LAST, NOTHING, Work
+from llmos.services.engine.model import ALL, LAST, NOTHING, PagedModel, Work
 from llmos.services.engine.plan import kv_budget
 from llmos.services.engine.replay import replay
 from llmos.services.engine.sampling import Choice, choose, score
 from llmos.services.engine.session import Answer, ChatSession, InferSession, Served, Session, Text
+from llmos.services.engine.spill import FILE, Spill
 from llmos.services.model import safepoints
 from llmos.services.model.load import load_causal_lm, load_tokenizer
 from llmos.services.programs.base import Context, Done, Gate, Guest, Idle, Report
@@ -59,6 +61,7 @@ class Host:
         safepoints.install(loaded, gate)
         self._sessions: dict[int, Served] = {}
         self._pace = Pace()
+        self._spill = Spill(model, loaded.dtype)
         self._steps = 0
         self.floor = ALL_CLASSES
 
@@ -143,6 +146,7 @@ class Host:
     def _start(self, session: Served, text: Text) -> None:
         """What is known of a text; of a chat's, that of its last turn."""
         before, session.memory = session.memory, None
+        self._bring_back(session)
         text.memory, text.computed = self._loaded.model.begin(
             text.ids, self._salt(session), session.shares_prefix, before
         )
@@ -153,7 +157,7 @@ class Host:
         while not self._loaded.model.grow(text.memory, text.computed, tokens):
             victim = self._victim(session)
             if victim is not None:
-                self._forget(victim)
+                self._make_way(victim)
                 continue
             later = [t for t in session.texts if t.index > text.index and t.memory is not None]
             if not later:
@@ -170,6 +174,39 @@ class Host:
             return min(resting, key=lambda s: s.last_served)
         later = [s for s in holders if s.guest.rank > asking.guest.rank]
         return max(later, key=lambda s: s.guest.rank) if later else None
+
+    def _make_way(self, session: Served) -> None:
+        """Its blocks are needed by somebody else. It finds them in a file, where that is cheaper
+        than to compute them again."""
+        model = self._loaded.model
+        text = next((t for t in session.texts if t.memory is not None), None)
+        memory, ids = (
+            (session.memory, session.kept_ids) if text is None else (text.memory, text.ids)
+        )
+        folder = session.guest.folder
+        if (
+            isinstance(model, PagedModel)
+            and memory is not None
+            and folder
+            and session.shares_prefix
+        ):
+            tokens = memory.known * model.blocks.size
+            if tokens and self._spill.pays(model, tokens, self._pace.tokens_per_s):
+                session.is_spilled = self._spill.write(folder, model, memory, ids)
+        self._forget(session)
+
+    def _bring_back(self, session: Served) -> None:
+        """What was put into a file when there was no room, or by an engine before this one."""
+        model = self._loaded.model
+        if session.is_spilled and session.guest.folder and isinstance(model, PagedModel):
+            self._spill.read(session.guest.folder, model, self._salt(session))
+        session.is_spilled = False
+
+    def close(self) -> None:
+        """The engine ends in order: what chats have computed is kept for the next one."""
+        for session in self._sessions.values():
+            if isinstance(session, ChatSession) and session.memory is not None:
+                self._make_way(session)
 
     def _forget(self, session: Served) -> None:
         """Its memory is free; it is computed again, as far as nobody takes the blocks meanwhile."""
@@ -314,6 +351,7 @@ class Host:
         session = self._sessions.pop(pid, None)
         if session is not None:
             self._forget(session)
+            _remove_file(session)
 
     def trim(self) -> None:
         """Give back what no guest's text needs."""
@@ -368,6 +406,7 @@ class Host:
         pid = session.guest.pid
         if isinstance(session, ChatSession):
             session.memory, answer.memory = answer.memory, None
+            session.kept_ids = answer.ids[: answer.computed]
         self._free(answer)
         if not session.end(answer, finish_reason):
             return
@@ -398,6 +437,7 @@ class Host:
 
     def _admit_chat(self, ctx: Context, guest: Guest) -> None:
         session = ChatSession(guest, Chat.Args(**guest.args), self._loaded)
+        session.is_spilled = guest.folder is not None and (guest.folder / FILE).exists()
         self._join(session)
         self._go_on(ctx, session)
         if not session.is_answering and guest.pid in self._sessions:
@@ -421,6 +461,12 @@ class Host:
         # As if just served: a newcomer does not go before those who wait already.
         session.last_served = self._steps
         self._sessions[session.guest.pid] = session
+
+
+def _remove_file(session: Served) -> None:
+    if session.guest.folder is not None:
+        with contextlib.suppress(OSError):
+            (session.guest.folder / FILE).unlink(missing_ok=True)
 
 
 def _holds(session: Served) -> bool:

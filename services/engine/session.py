@@ -82,6 +82,8 @@ class Served:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.memory: Any = None  # of a chat, between two turns
+        self.kept_ids: list[int] = []  # the tokens that are in it
+        self.is_spilled = False  # its blocks are in a file
         self.last_served = 0  # the step in which it last got something
 
     @property

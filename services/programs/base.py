@@ -297,6 +297,7 @@ class Guest:
     # What its stream has from an earlier engine, which died: it goes on behind that.
     records: list[dict[str, Any]] = field(default_factory=list)
     parked: bool = False  # paused by a person: keeps its memory, gets no step
+    folder: Path | None = None  # its own, for what is to be there after this engine
 
 
 class Program:
@@ -372,6 +373,9 @@ class Program:
 
     def restore(self, folder: Path) -> None:
         """After `load`: go back to exactly the state that `save` wrote."""
+
+    # It is told when its worker is asked to end (SIGTERM), and has a moment for its `close`.
+    ends_in_order: ClassVar[bool] = False
 
     def close(self) -> None:
         """The worker ends, whatever the reason: let go of what lies outside of it."""

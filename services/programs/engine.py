@@ -26,6 +26,7 @@ class Engine(Program):
     default_class = "interactive"
     hidden = True
     on_interrupt = "kill"
+    ends_in_order = True  # what chats have computed is kept for the next engine
 
     preload = (
         "llmos.services.engine.host",
@@ -76,6 +77,10 @@ class Engine(Program):
 
     def step(self, ctx: Context) -> Report | Idle:
         return self._host.step(ctx)
+
+    def close(self) -> None:
+        if hasattr(self, "_host"):
+            self._host.close()
 
     def tensors(self) -> Iterable[Tensor]:
         return self._host.tensors()

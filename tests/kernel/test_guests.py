@@ -254,3 +254,48 @@ def test_what_waits_for_a_guest_is_bounded_in_bytes_also_by_a_kernel_that_comes_
         toy.core.m.input_bytes.clear()
     toy.do(ev.InputGiven(chat, {"prompt": "x"}, "c"))
     assert [held["key"] for held in toy.proc(chat).inputs] == ["a", "c"]
+
+
+def resting_chat(toy: Toy) -> int:
+    """A chat between two turns, in an engine that has nothing else to do."""
+    chat = toy.submit_guest(tokens=1000)
+    toy.run(0.5)
+    worker = toy.worker(chat - 1)
+    toy.do(ev.GuestIdle(worker, chat))
+    toy.do(ev.WorkerIdle(worker, toy.core.m.workers[worker].admits_sent))
+    toy.run(0.1)
+    assert (toy.state(chat), toy.proc(chat).reason) == (State.WAITING, "input")
+    return chat
+
+
+def test_an_engine_whose_chats_rest_makes_room_and_comes_back_for_the_next_turn() -> None:
+    toy = Toy()
+    chat = resting_chat(toy)
+    engine = chat - 1
+    large = toy.submit(steps=200, nbytes=toy.core.m.ledger.capacity("sim0"))
+    toy.run(2)
+    assert toy.proc(large).progress, "it got the memory"
+    assert (toy.state(engine), toy.proc(engine).reason) == (State.WAITING, "unloaded")
+    assert (toy.state(chat), toy.proc(chat).reason) == (State.WAITING, "input")
+    toy.do(ev.InputGiven(chat, {"prompt": "and?"}))
+    assert (toy.state(chat), toy.proc(chat).reason) == (State.WAITING, "engine")
+    toy.run(60)
+    assert toy.proc(large).exit_status == 0
+    assert toy.proc(chat).exit_status == 0, "it had its turn in the engine's next worker"
+    assert toy.proc(chat).engine_pid == engine
+
+
+def test_an_engine_whose_chats_rest_leaves_after_keep_alive_and_they_stay() -> None:
+    toy = Toy()
+    chat = resting_chat(toy)
+    toy.run(12)
+    assert toy.proc(chat - 1).reason == "unloaded"
+    assert not toy.core.m.workers
+    other = toy.submit_guest(tokens=3)
+    toy.run(1)
+    assert toy.proc(other).exit_status == 0
+    assert toy.proc(other).engine_pid == chat - 1, "the same engine, loaded again"
+    toy.run(12)
+    toy.do(ev.KillAsked(chat, 15))
+    toy.run(1)
+    assert not toy.proc(chat - 1).live, "nobody needs it any more"
