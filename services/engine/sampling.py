@@ -92,6 +92,13 @@ class Sampler:
         self._settings = (float(args.temperature), top_k, float(args.top_p), log_min_p)
         self.way = _way(self._settings, self._vocabulary)
 
+    def begin(
+        self, prompt_ids: Sequence[int], args: Any, constraint: Constraint | None = None
+    ) -> None:
+        """The next answer of the same chat: penalties begin anew, the generator goes on."""
+        self._prompt, self._counts, self.constraint = prompt_ids, {}, constraint
+        self.change(args)
+
     def accept(self, token: int) -> None:
         """The token was taken, whether it was chosen here or by an engine before this one."""
         times = self._counts[token] = self._counts.get(token, 0) + 1
@@ -100,10 +107,6 @@ class Sampler:
         if self.constraint is not None:
             self.constraint.accept(token)
         self._uniform = self._random.random()
-
-    def go_on_from(self, before: Sampler) -> None:
-        """Go on in the generator of another, which chooses no more: a chat has one for all."""
-        self._random, self._uniform = before._random, before._uniform
 
     def reseed(self, seed: int) -> None:
         """Begin anew in a generator."""

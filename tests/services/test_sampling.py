@@ -293,14 +293,13 @@ def test_penalties_follow_the_answer_and_a_change() -> None:
 def test_the_next_answer_of_a_chat_goes_on_in_the_generator_and_knows_no_penalties() -> None:
     logits = scores(1, LARGE, 0)
     args = replace(PLAIN, presence_penalty=1.0)
-    first, other = Sampler(args, 5, LARGE, [1]), sampler(LARGE, 5)
-    for each in (first, other):
+    one, other = Sampler(args, 5, LARGE, [1]), sampler(LARGE, 5)
+    for each in (one, other):
         each.accept(4)
-    second = Sampler(args, 99, LARGE, [1, 4, 2])
-    second.go_on_from(first)
-    assert tokens(logits, [second]) == tokens(logits, [other])
-    second.reseed(5)
-    assert tokens(logits, [second]) == tokens(logits, [sampler(LARGE, 5)])
+    one.begin([1, 4, 2], args)
+    assert tokens(logits, [one]) == tokens(logits, [other])
+    one.reseed(5)
+    assert tokens(logits, [one]) == tokens(logits, [sampler(LARGE, 5)])
 
 
 def test_ids_of_a_prompt_that_have_no_score_are_passed_over() -> None:
