@@ -252,6 +252,7 @@ def test_scores_that_are_no_numbers_give_no_token_and_harm_nobody_else(
     logits[1] = fill
     drawn = choose(logits, rows)
     assert drawn[1].token == draw.NOTHING
+    assert "no numbers" in drawn[1].error
     assert [drawn[0], drawn[2]] == [whole[0], whole[2]]
 
 
@@ -293,13 +294,14 @@ def test_penalties_follow_the_answer_and_a_change() -> None:
 def test_the_next_answer_of_a_chat_goes_on_in_the_generator_and_knows_no_penalties() -> None:
     logits = scores(1, LARGE, 0)
     args = replace(PLAIN, presence_penalty=1.0)
-    one, other = Sampler(args, 5, LARGE, [1]), sampler(LARGE, 5)
-    for each in (one, other):
+    first, other = Sampler(args, 5, LARGE, [1]), sampler(LARGE, 5)
+    for each in (first, other):
         each.accept(4)
-    one.begin([1, 4, 2], args)
-    assert tokens(logits, [one]) == tokens(logits, [other])
-    one.reseed(5)
-    assert tokens(logits, [one]) == tokens(logits, [sampler(LARGE, 5)])
+    second = Sampler(args, 99, LARGE, [1, 4, 2])
+    second.go_on_from(first)
+    assert tokens(logits, [second]) == tokens(logits, [other])
+    second.reseed(5)
+    assert tokens(logits, [second]) == tokens(logits, [sampler(LARGE, 5)])
 
 
 def test_ids_of_a_prompt_that_have_no_score_are_passed_over() -> None:
