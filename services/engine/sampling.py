@@ -19,12 +19,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmos.services.engine import draw
+from llmos.services.engine.constrain import Constraint, forbid
 from llmos.services.engine.draw import Columns
 from llmos.services.engine.penalties import Penalties, is_penalized, penalize, read_bias
 
@@ -35,7 +36,7 @@ _NUCLEUS = 128
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A token, and what was asked about it. `token` is draw.NOTHING where no score is a number.
+    """A token, and what was asked about it; or `error`: why there is none (then it is NOTHING).
 
     `logprob` and `top` (pairs of id and log-probability, the likeliest first, among equals the
     lowest id) are natural and of the model's own scores.
@@ -44,18 +45,7 @@ class Choice:
     token: int
     logprob: float | None = None
     top: list[tuple[int, float]] = field(default_factory=list)
-
-
-class Constraint(Protocol):
-    """What an answer may look like (see `constrain`)."""
-
-    done: bool  # complete: only the end of text may follow
-
-    def forbid(self, scores: Tensor) -> None:
-        """Set scores (vocabulary,) of tokens that may not come next to -inf, in place."""
-
-    def accept(self, token: int) -> None:
-        """The token was taken."""
+    error: str = ""
 
 
 class Sampler:
@@ -152,7 +142,10 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
         if token == draw.UNDECIDED:
             undecided[samplers[row].edits, _Way.WIDE].append(row)
     tokens.update(_draw_all(logits, samplers, undecided))
-    choices = [Choice(tokens[row]) for row in range(len(samplers))]
+    choices = [
+        Choice(tokens[row], error=_why(sampler) if tokens[row] == draw.NOTHING else "")
+        for row, sampler in enumerate(samplers)
+    ]
     _tell_logprobs(logits, samplers, choices)
     return choices
 
@@ -165,6 +158,13 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Choice]:
     """
     given = torch.tensor(tokens, dtype=torch.int64).to(logits.device)
     return _score(logits.detach(), given, tokens, top)
+
+
+def _why(sampler: Sampler) -> str:
+    """Why no token can be chosen."""
+    if sampler.constraint is not None and sampler.constraint.error:
+        return sampler.constraint.error
+    return "no token can be chosen: the model's scores are no numbers"
 
 
 def _way(settings: tuple[float, int, float, float], vocabulary: int) -> _Way:
@@ -206,9 +206,7 @@ def _edited(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """The scores after penalties and constraints, in float32."""
     scores = scores.to(torch.float32, copy=True)
     penalize(scores, [sampler.penalties for sampler in samplers])
-    for row, sampler in enumerate(samplers):
-        if sampler.constraint is not None:
-            sampler.constraint.forbid(scores[row])
+    forbid(scores, [sampler.constraint for sampler in samplers])
     return scores
 
 
@@ -237,7 +235,8 @@ def _tell_logprobs(logits: Tensor, samplers: Sequence[Sampler], choices: list[Ch
         tokens = [choices[row].token for row in part]
         given = torch.tensor(tokens, dtype=torch.int64).to(logits.device)
         for row, scored in zip(part, _score(scores, given, tokens, most), strict=True):
-            choices[row] = replace(scored, top=scored.top[: samplers[row].logprobs])
+            wanted = scored.top[: samplers[row].logprobs]
+            choices[row] = replace(scored, top=wanted, error=choices[row].error)
 
 
 def _score(logits: Tensor, given: Tensor, tokens: Sequence[int], top: int) -> list[Choice]:

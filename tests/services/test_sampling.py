@@ -252,6 +252,7 @@ def test_scores_that_are_no_numbers_give_no_token_and_harm_nobody_else(
     logits[1] = fill
     drawn = choose(logits, rows)
     assert drawn[1].token == draw.NOTHING
+    assert "no numbers" in drawn[1].error
     assert [drawn[0], drawn[2]] == [whole[0], whole[2]]
 
 
