@@ -24,7 +24,6 @@ from torch import Tensor
 
 from llmos.kernel.errors import BadArgument, BadInput
 
-
 MOST_LENGTH_PENALTY = 10  # a power of a length; beyond, the longest (or shortest) text wins anyway
 
 
@@ -117,4 +116,4 @@ class Beams:
         """Is the best that goes on, cut off here, no better than the worst of k whole texts?"""
         if len(self._whole) < self._k:
             return False
-        return best / float(length) ** self._length_penalty <= self._whole[-1].score
+        return bool(best / float(length) ** self._length_penalty <= self._whole[-1].score)
