@@ -20,7 +20,10 @@ MOVE_SLOTS = 6
 
 
 class Bank:
-    """`a[name]` is (slots, rank, in), `b[name]` (slots, rank, out), scaled; zeros beyond a rank."""
+    """`a[name]` is (slots, rank, in), `b[name]` (slots, rank, out), scaled; zeros beyond a rank.
+
+    They change in inference mode only: adapters come between two steps, and move within one.
+    """
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Bank:
         yield from self.a.values()
         yield from self.b.values()
 
+    @torch.inference_mode()
     def add(self, pairs: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float]) -> int:
         """Put an adapter's A (rank, in) and B (out, rank) into the next slot; -> the slot."""
         if self.used == self._room:
@@ -62,6 +66,7 @@ class Bank:
         self.used += 1
         return slot
 
+    @torch.inference_mode()
     def remove(self, slot: int) -> int:
         """Free a slot; -> the one whose adapter lies in it now (itself: none)."""
         self.used -= 1
@@ -73,11 +78,13 @@ class Bank:
             self.fit()
         return last
 
+    @torch.inference_mode()
     def fit(self) -> None:
         """No room beyond what is used."""
         if self._room > self.used:
             self._resize(self.used)
 
+    @torch.inference_mode()
     def regroup(self, slots: Iterable[int], wasted: int) -> dict[int, int]:
         """After a step that used `slots` and wasted so many: have them side by side when that pays.
 

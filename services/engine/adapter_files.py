@@ -7,11 +7,13 @@ field of `adapter_config.json` that is set and not known here is a reason to ref
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +56,7 @@ _SAMPLE_BYTES = 1 << 20  # of each end of a weight file: two trainings never hav
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter does to one linear layer: y += scale * B (A x), A (rank, in), B (out, rank)."""
+    """What is added to a linear layer's y: scale * B (A x), with A (rank, in) and B (out, rank)."""
 
     rank: int
     scale: float
@@ -66,6 +68,7 @@ class AdapterFile:
 
     folder: Path
     key: str  # the same for the same numbers, wherever they lie
+    chat_template: str  # what conversations were written in when it was trained; "": nobody said
     layers: Mapping[str, Layer]
     tensors: Mapping[str, tuple[Tensor, Tensor]]
 
@@ -137,8 +140,9 @@ def read(folder: Path, skeleton: Skeleton) -> AdapterFile:
     if stamp(folder) != before:
         raise BadInput(f"the adapter {folder} changed while it was read", "name it once more")
     form = json.dumps({name: [layer.rank, layer.scale] for name, layer in sorted(layers.items())})
-    key = hashlib.sha256(digest + form.encode()).hexdigest()
-    return AdapterFile(folder, key, layers, pairs)
+    template = _chat_template(folder)
+    key = hashlib.sha256(digest + form.encode() + template.encode()).hexdigest()
+    return AdapterFile(folder, key, template, layers, pairs)
 
 
 # ---- the configuration ----
@@ -169,7 +173,9 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
             "save it with peft's path_initial_model_for_weight_conversion, or merge it",
         )
     if unknown := sorted(name for name in set(config) - _HARMLESS if config[name]):
-        raise BadInput(f"{folder} uses {', '.join(unknown)}, which an engine cannot compute", _MERGE)
+        raise BadInput(
+            f"{folder} uses {', '.join(unknown)}, which an engine cannot compute", _MERGE
+        )
 
 
 _MERGE = "merge it into its model with peft (merge_and_unload), and run that"
@@ -187,7 +193,7 @@ def _layers(folder: Path, config: dict[str, Any], skeleton: Skeleton) -> dict[st
         alphas = {name: _of(rules.alpha_pattern, name, rules.lora_alpha) for name in names}
         root = math.sqrt if config.get("use_rslora") else float
         layers = {n: Layer(int(ranks[n]), float(alphas[n]) / root(ranks[n])) for n in names}
-    except (TypeError, ValueError, ArithmeticError) as exc:
+    except (TypeError, ValueError, ArithmeticError, re.error) as exc:
         raise BadInput(f"{folder / CONFIG} makes no sense: {_line(exc)}") from None
     for name in names:
         _check_place(folder, name, skeleton)
@@ -256,6 +262,18 @@ def _sample(file: Path) -> bytes:
         first = opened.read(_SAMPLE_BYTES)
         opened.seek(max(0, file.stat().st_size - _SAMPLE_BYTES))
         return first + opened.read(_SAMPLE_BYTES)
+
+
+def _chat_template(folder: Path) -> str:
+    """The template beside the adapter, or beside the model that it was merged into."""
+    for place in (folder, folder.parent) if folder.name == "adapter" else (folder,):
+        with contextlib.suppress(OSError, ValueError):
+            return (place / "chat_template.jinja").read_text(encoding="utf-8")
+        with contextlib.suppress(OSError, ValueError):
+            config = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+            if isinstance(config, dict) and isinstance(config.get("chat_template"), str):
+                return str(config["chat_template"])
+    return ""
 
 
 # ---- the weights ----

@@ -1,12 +1,16 @@
-"""LoRA adapters of random numbers, in folders as peft writes them."""
+"""LoRA adapters of random numbers in folders, and peft's own models with them."""
 
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,3 +47,34 @@ def make_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(written))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def write_with_peft(base: Path, folder: Path, seed: int = 0, **config: Any) -> Path:
+    """An adapter that peft makes and saves; `config` is that of LoraConfig."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    turned = any(isinstance(module, Conv1D) for module in model.modules())
+    torch.manual_seed(seed)
+    wanted = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8, **config}
+    with _quiet():
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", init_lora_weights=False, fan_in_fan_out=turned, **wanted
+        )
+        get_peft_model(model, lora).save_pretrained(str(folder))
+    return folder
+
+
+def peft_model(base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with the adapter beside it, as peft computes it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    with _quiet():
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Of gradient checkpointing transformers 5.23 changes the names; peft 0.21 has the old ones."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
+        # One set of patterns for two kinds of model: each has what the other has not.
+        warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)
+        yield
