@@ -326,6 +326,10 @@ def _pair(
             )
         if not (a.is_floating_point() and b.is_floating_point()):
             raise BadInput(f"{folder} holds whole numbers for {name}")
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise BadInput(
+                f"{folder} holds what is no number for {name}", "its training has diverged"
+            )
         pairs[name] = (a, b)
     return pairs
 

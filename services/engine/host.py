@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmos.kernel.errors import BadArgument, BadInput, LlmosError, NoMemory
-from llmos.services.engine import batch
+from llmos.services.engine import batch, draw
 from llmos.services.engine.adapters import Adapter, Adapters
 from llmos.services.engine.batch import Candidate, Pace, Rank
 from llmos.services.engine.embedding import EmbedSession
@@ -221,7 +221,23 @@ class Host:
             choices = choose(wanted, [answer.sampler for _, answer in takers])
             self._count_time(takers, ctx.clock() - began_s)
             for (session, answer), choice in zip(takers, choices, strict=True):
-                self._deliver(ctx, session, answer, choice)
+                if choice.token == draw.NOTHING:
+                    self._fail(ctx, session)
+                elif session.guest.pid in self._sessions:
+                    self._deliver(ctx, session, answer, choice)
+
+    def _fail(self, ctx: Context, session: Session) -> None:
+        """The model gives no scores for a text: nothing can follow it. Others go on."""
+        if session.guest.pid not in self._sessions:
+            return  # another of its texts came first
+        what = "the adapter" if session.adapter is not None else "the model"
+        error = BadInput(
+            f"{what} gives no numbers for this text",
+            "its training has diverged, or the dtype is too small for it: try --dtype float32",
+        )
+        self.drop(session.guest.pid)
+        reason = _one_line(error)
+        ctx.guest_done(session.guest.pid, Done(1, reason, {"error": error.to_wire()}))
 
     def _count_time(self, takers: Sequence[tuple[Session, Answer]], spent_s: float) -> None:
         sessions = {session.guest.pid: session for session, _ in takers}

@@ -152,9 +152,9 @@ def test_the_base_computes_its_own_tokens_to_the_same_bits(
     assert not torch.equal(after[1], before[1])
 
 
-def test_an_adapter_of_no_numbers_spoils_its_own_tokens_only(llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_overflows_spoils_its_own_tokens_only(llama: Path, tmp_path: Path) -> None:
     good = make_adapter(llama, tmp_path / "good", seed=1)
-    bad = make_adapter(llama, tmp_path / "bad", scale=float("nan"))
+    bad = make_adapter(llama, tmp_path / "bad", scale=1e20, lora_alpha=1e30)
     model, adapters = loaded(llama)
     a, b = adapters.load(str(good)), adapters.load(str(bad))
     layer, row = model.model.layers[0].mlp.gate_proj, torch.randn(1, 5, 32)
@@ -438,6 +438,8 @@ def test_broken_folders_are_refused(llama: Path, tmp_path: Path) -> None:
     refuses(folder, f"lacks {name.removeprefix('base_model.model.')}")
     save_file({**tensors, name: tensors[name].to(torch.int32)}, weights)
     refuses(folder, "whole numbers")
+    save_file({**tensors, name: tensors[name] * float("nan")}, weights)
+    refuses(folder, "what is no number")
     weights.write_bytes(weights.read_bytes()[:-8])
     refuses(folder, "cannot be read")
     weights.unlink()
