@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmos.kernel import access, admission, arguments, forecast, protocol, restarts
+from llmos.kernel import access, adapters, admission, arguments, forecast, protocol, restarts
 from llmos.kernel import events as ev
 from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument, Busy, HomeUnusable, LlmosError, NoSuchThing
@@ -43,6 +43,10 @@ async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -
     args = arguments.check(
         schema, request.args, request.cwd, lambda m: _model(kernel, m, client),
         kernel.config.argument_defaults(), request.env, request.dry_run,
+    )  # fmt: skip
+    args = adapters.on_its_base(
+        schema, args, str(request.args.get("model", "")),
+        None if access.is_admin(client.uid) else client.uid, lambda m: _model(kernel, m, client),
     )  # fmt: skip
     _check_output(kernel, schema, args)
     _check_foreign(kernel, schema, request.device)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from llmos.kernel.errors import BadArgument, BadInput, LlmosError, NoMemory
-from llmos.services.engine import batch
+from llmos.services.engine import batch, draw
+from llmos.services.engine.adapters import Adapter, Adapters
 from llmos.services.engine.batch import Candidate, Pace, Rank
 from llmos.services.engine.embedding import EmbedSession
 from llmos.services.engine.loaded import Loaded
@@ -59,6 +60,8 @@ class Host:
         budget = kv_bytes or kv_budget(loaded.config.get_text_config(), loaded.dtype)
         self._loaded = Loaded(loaded.to(device), tokenizer, budget)
         safepoints.install(loaded, gate)
+        self._adapters = Adapters(loaded, loaded.dtype)
+        self._loaded.model.routing = self._adapters.routing
         self._sessions: dict[int, Served] = {}
         self._pace = Pace()
         self._spill = Spill(model, loaded.dtype)
@@ -255,7 +258,23 @@ class Host:
             choices = choose(wanted, [answer.sampler for _, answer in takers])
             self._count_time(takers, ctx.clock() - began_s)
             for (session, answer), choice in zip(takers, choices, strict=True):
-                self._deliver(ctx, session, answer, choice)
+                if choice.token == draw.NOTHING:
+                    self._fail(ctx, session)
+                elif session.guest.pid in self._sessions:
+                    self._deliver(ctx, session, answer, choice)
+
+    def _fail(self, ctx: Context, session: Session) -> None:
+        """The model gives no scores for a text: nothing can follow it. Others go on."""
+        if session.guest.pid not in self._sessions:
+            return  # another of its texts came first
+        what = "the adapter" if session.adapter is not None else "the model"
+        error = BadInput(
+            f"{what} gives no numbers for this text",
+            "its training has diverged, or the dtype is too small for it: try --dtype float32",
+        )
+        self.drop(session.guest.pid)
+        reason = _one_line(error)
+        ctx.guest_done(session.guest.pid, Done(1, reason, {"error": error.to_wire()}))
 
     def _count_time(self, takers: Sequence[tuple[Session, Answer]], spent_s: float) -> None:
         sessions = {session.guest.pid: session for session, _ in takers}
@@ -325,26 +344,42 @@ class Host:
                 ctx.emit("embedding", pid=pid, index=text.index, vector=vector, tokens=tokens)
                 self._free(text)
                 if session.end(text):
-                    del self._sessions[pid]
+                    self.drop(pid)
                     ctx.guest_done(pid, Done(result=session.statistics()))
 
     # ---- guests ----
 
     def admit(self, ctx: Context, guest: Guest) -> None:
-        """A guest arrives. Raises BadInput when the model cannot take its prompt."""
+        """A guest arrives. Raises BadInput when the model cannot take its prompt or adapter."""
+        ref = guest.args.get("adapter")
+        adapter = self._adapters.load(ref) if ref else None
+        try:
+            session = self._session(guest, adapter)
+        except LlmosError:
+            if adapter is not None:
+                self._adapters.release(adapter)
+            raise
+        self._join(session)
+        if isinstance(session, Session):
+            self._go_on(ctx, session)
+        is_here = guest.pid in self._sessions
+        if isinstance(session, ChatSession) and is_here and not session.is_answering:
+            self._next_turn(ctx, session)
+
+    def _session(self, guest: Guest, adapter: Adapter | None) -> Served:
         if guest.program == "infer":
-            infer = InferSession(guest, Infer.Args(**guest.args), self._loaded)
+            infer = InferSession(guest, Infer.Args(**guest.args), self._loaded, adapter)
             infer.start()
-            self._join(infer)
-            self._go_on(ctx, infer)
-        elif guest.program == "embed":
-            embed = EmbedSession(guest, Embed.Args(**guest.args), self._loaded)
+            return infer
+        if guest.program == "embed":
+            embed = EmbedSession(guest, Embed.Args(**guest.args), self._loaded, adapter)
             embed.start()
-            self._join(embed)
-        elif guest.program == "chat":
-            self._admit_chat(ctx, guest)
-        else:
-            raise BadArgument(f"an engine cannot serve the program {guest.program!r}")
+            return embed
+        if guest.program == "chat":
+            chat = ChatSession(guest, Chat.Args(**guest.args), self._loaded, adapter)
+            chat.is_spilled = guest.folder is not None and (guest.folder / FILE).exists()
+            return chat
+        raise BadArgument(f"an engine cannot serve the program {guest.program!r}")
 
     def drop(self, pid: int) -> None:
         """Forget a guest; its memory is free with it."""
@@ -352,10 +387,13 @@ class Host:
         if session is not None:
             self._forget(session)
             _remove_file(session)
+            if session.adapter is not None:
+                self._adapters.release(session.adapter)
 
     def trim(self) -> None:
         """Give back what no guest's text needs."""
         self._loaded.model.trim()
+        self._adapters.trim()
 
     def rank(self, pid: int, rank: tuple[int, int, int], parked: bool) -> None:
         """A guest was reniced, paused or resumed."""
@@ -376,6 +414,7 @@ class Host:
     def tensors(self) -> Iterator[Tensor]:
         """Weights, and the memory of every guest."""
         yield from self._loaded.model.tensors()
+        yield from self._adapters.tensors()
 
     def _message(self, ctx: Context, pid: int, message: dict[str, Any]) -> None:
         session = self._sessions.get(pid)
@@ -415,7 +454,7 @@ class Host:
             ctx.emit("turn", pid=pid, **statistics)
             self._next_turn(ctx, session)
         else:
-            del self._sessions[pid]
+            self.drop(pid)
             ctx.guest_done(pid, Done(result=statistics))
 
     def _next_turn(self, ctx: Context, session: ChatSession) -> None:
@@ -434,14 +473,6 @@ class Host:
                 ctx.emit("note", pid=session.guest.pid, text=text)
             return
         ctx.guest_idle(session.guest.pid)
-
-    def _admit_chat(self, ctx: Context, guest: Guest) -> None:
-        session = ChatSession(guest, Chat.Args(**guest.args), self._loaded)
-        session.is_spilled = guest.folder is not None and (guest.folder / FILE).exists()
-        self._join(session)
-        self._go_on(ctx, session)
-        if not session.is_answering and guest.pid in self._sessions:
-            self._next_turn(ctx, session)
 
     def _go_on(self, ctx: Context, session: Session) -> None:
         """Bring a session to where an earlier engine has left it: its reader sees no seam."""

@@ -246,12 +246,18 @@ class Session(Served):
             "finish_reason": answer.finish_reason,
         }
 
+    @property
+    def chat_template(self) -> Any:
+        """How conversations are written: as the adapter was trained, else as the model was."""
+        return getattr(self.adapter, "chat_template", "") or self.loaded.tokenizer.chat_template
+
     def render(self, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
-        """The ids of a conversation in the model's own template, up to where it answers."""
+        """The ids of a conversation in its template, up to where the model answers."""
         try:
             text = self.loaded.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=True
-            )
+                messages, chat_template=getattr(self.adapter, "chat_template", "") or None,
+                tools=tools, tokenize=False, add_generation_prompt=True,
+            )  # fmt: skip
         except (TemplateError, TypeError, ValueError, KeyError) as exc:
             raise BadInput(
                 f"the model's chat template refuses this conversation: {exc}",
@@ -326,12 +332,12 @@ class InferSession(Session):
             return _ids(args.prompt_ids)
         if args.messages is not None:
             return self._conversation(_messages(args.messages))
-        if self.loaded.tokenizer.chat_template and not args.raw:
+        if self.chat_template and not args.raw:
             return self.render([{"role": "user", "content": args.prompt}], args.tools)
         return self.encode(args.prompt)
 
     def _conversation(self, messages: list[dict[str, Any]]) -> list[int]:
-        if self.loaded.tokenizer.chat_template:
+        if self.chat_template:
             return self.render(messages, self.args.tools)
         # Without a template the text of a conversation is what was said, a line each.
         return self.encode("\n".join(str(m.get("content") or "") for m in messages))
@@ -355,7 +361,7 @@ class ChatSession(Session):
 
     def start_turn(self, prompt: str) -> None:
         """Begin the answer to a user's turn. Raises BadInput; the turn then never was."""
-        if not self.loaded.tokenizer.chat_template:
+        if not self.chat_template:
             self.begin(self._extend_running(prompt))
             return
         self.history.append({"role": "user", "content": prompt})
@@ -387,7 +393,7 @@ class ChatSession(Session):
             self.args = replace(self.args, system=str(system[0]))
         self.history = [m for m in history if m["role"] != "system"]
         self._running = []
-        if self.history and not self.loaded.tokenizer.chat_template:
+        if self.history and not self.chat_template:
             said = [self.args.system, *(str(m["content"]) for m in self.history)]
             self._running = self.encode("\n".join(filter(None, said)))
         return len(self.history)

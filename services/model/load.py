@@ -99,6 +99,11 @@ def check_folder(ref: str | Path, weights: bool = True) -> None:
     if not folder.is_dir():
         raise BadInput(f"{ref} is a file, not a model folder", "give the folder it lies in")
     if weights and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise BadInput(
+                f"{ref} is a LoRA adapter, not a whole model",
+                "merge it into its model with peft (merge_and_unload), and name that",
+            )
         raise BadInput(f"{ref} is not a model folder: it has no config.json")
 
 

@@ -208,6 +208,8 @@ def _entry(folder: Path) -> dict[str, Any]:
     sidecar, config = _read_json(folder / SIDECAR), _read_json(folder / "config.json")
     made_by = sidecar.get("made_by") or {}
     architectures = config.get("architectures") or []
+    adapter = {} if config else _read_json(folder / "adapter_config.json")
+    base = str(adapter.get("base_model_name_or_path") or "")
     parameters = sidecar.get("parameters")
     return {
         "name": folder.name,
@@ -219,7 +221,13 @@ def _entry(folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "parameters": _count_parameters(folder) if parameters is None else parameters,
         "architecture": architectures[0] if architectures else config.get("model_type", ""),
+        "base": _called(folder, base),
     }
+
+
+def _called(folder: Path, base: str) -> str:
+    """The model of an adapter: the name of one in this home, else as its folder or hub calls it."""
+    return Path(base).name if Path(base).parent == folder.parent else base
 
 
 def _source(made_by: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ class Finetune(TrainingProgram):
     examples: ClassVar[tuple[str, ...]] = (
         "llmos finetune bard questions.jsonl --out bard-answers",
         "llmos finetune stories15M stories.txt --out mine --method lora --lora-rank 16",
+        "llmos finetune stories15M stories.txt --out mine --method lora --adapter-only",
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class Finetune(TrainingProgram):
         lora_alpha: int = arg(16, help="scale of the adapter", minimum=0)
         lora_dropout: float = arg(0.0, help="dropout of the adapter", minimum=0, maximum=0.99)
         lora_targets: list[str] = arg([], help="linear layers it changes (default: all)")
+        adapter_only: bool = arg(
+            False, help="make the LoRA adapter alone, without a merged model", shape=False
+        )
         epochs: float = arg(3.0, help="times the data is seen", minimum=0.001, shape=False)
         steps: int = arg(0, help="steps of training, in place of epochs", minimum=0, shape=False)
         lr: float = arg(5e-4, help="highest learning rate", minimum=0, shape=False)

@@ -73,6 +73,8 @@ def with_context(args: Finetune.Args, config: PreTrainedConfig) -> Finetune.Args
 
 def plan_finetune(args: Finetune.Args) -> Footprint:
     """Without data nothing is said about it. Raises BadInput, BadArgument."""
+    if args.adapter_only and args.method != "lora":
+        raise BadArgument("--adapter-only goes with --method lora", "every weight is trained")
     _check_training(args)
     check_weights(args.model)
     config = load_config(args.model)

@@ -155,7 +155,7 @@ class Session:
             "models.register",
             name=self.args.out,
             folder=str(folder),
-            kind="causal-lm",
+            kind=self.weights.kind,
             made_by={"pid": self.ctx.pid, **self.made_by, **self._shrunk()},
             overwrite=self.args.overwrite,
         )

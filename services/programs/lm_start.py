@@ -127,7 +127,7 @@ def _trainable(args: Finetune.Args) -> tuple[torch.nn.Module, Weights]:
     adapted = add_adapter(
         model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets
     )
-    return adapted, Adapter(adapted, args.model)
+    return adapted, Adapter(adapted, args.model, args.adapter_only)
 
 
 def _set_threads(ctx: Context, args: TrainingArgs) -> None:

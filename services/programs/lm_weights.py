@@ -26,7 +26,10 @@ from llmos.services.programs.base import Keep
 
 
 class Weights(Protocol):
-    """What a session asks of the weights."""
+    """What a session asks of the weights. `kind`: what the registry calls the finished folder."""
+
+    @property
+    def kind(self) -> str: ...
 
     def capture(self, keep: Keep) -> Callable[[Path], None]:
         """What is trained, in float32, for a checkpoint -> what writes it."""
@@ -37,12 +40,14 @@ class Weights(Protocol):
         ...
 
     def export(self, folder: Path) -> None:
-        """Write an ordinary model folder."""
+        """Write the finished folder."""
         ...
 
 
 class Whole:
     """Every weight is trained."""
+
+    kind = "causal-lm"
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -61,11 +66,13 @@ class Whole:
 
 
 class Adapter:
-    """Only a LoRA adapter is trained; `base` names the model that it belongs to."""
+    """Only a LoRA adapter is trained; `base` names the model that it belongs to. `alone`: it is all
+    that is made in the end."""
 
-    def __init__(self, model: PeftModel, base: str) -> None:
+    def __init__(self, model: PeftModel, base: str, alone: bool) -> None:
         self.model = model
         self.base = base
+        self.kind = "adapter" if alone else "causal-lm"
 
     def capture(self, keep: Keep) -> Callable[[Path], None]:
         learned = {name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -77,7 +84,10 @@ class Adapter:
         set_peft_model_state_dict(self.model, load_file(folder / SAFETENSORS_WEIGHTS_NAME))
 
     def export(self, folder: Path) -> None:
-        """The merged model, and the adapter alone in `adapter/`."""
+        """The merged model, and the adapter alone in `adapter/`; or that only."""
+        if self.kind == "adapter":
+            self.model.save_pretrained(str(folder))
+            return
         self.model.save_pretrained(str(folder / "adapter"))
         give_back()  # the merged weights take the place of the activations
         fresh = load_causal_lm(self.base, "float32")

@@ -60,6 +60,25 @@ def test_a_folder_copied_by_hand_is_a_model_too(registry: ModelRegistry, tmp_pat
     assert registry.ls()[0]["parameters"] is None, "a broken file hides no model"
 
 
+def test_an_adapter_names_its_base_as_this_home_does(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    models = tmp_path / "models"
+    write_model(models / "base")
+    for name, base in (("mine", str(models / "base")), ("theirs", "org/model")):
+        folder = models / name
+        folder.mkdir()
+        config = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file({"a": np.zeros((2, 3), np.float32)}, folder / "adapter_model.safetensors")
+    found = {e["name"]: (e["kind"], e["base"], e["parameters"]) for e in registry.ls()}
+    assert found == {
+        "base": ("causal-lm", "", 6),
+        "mine": ("adapter", "base", 6),
+        "theirs": ("adapter", "org/model", 6),
+    }
+
+
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../up", "with space", "x" * 129, "naïve"])
 def test_names_that_are_no_folder_names_are_refused(
     name: str, registry: ModelRegistry, tmp_path: Path

@@ -207,6 +207,26 @@ def test_lora_leaves_a_merged_model_and_the_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_adapter_alone_is_made_where_it_is_asked_for(tmp_path: Path) -> None:
+    data = pairs_file(tmp_path / "p.jsonl", 30)
+    run = finetuned(tmp_path, data, method="lora", steps=2, lora_rank=2, adapter_only=True)
+    assert run.done is not None
+    folder = Path(run.done.result["folder"])
+    assert {p.name for p in folder.iterdir()} >= {"adapter_config.json", "tokenizer.json"}
+    assert not (folder / "config.json").exists()
+    entry = run.ctx.call("models.show", name=run.done.result["model"])
+    assert (entry["kind"], entry["base"]) == ("adapter", str(tmp_path / "base"))
+    assert entry["parameters"] > 0
+
+
+def test_an_adapter_alone_is_not_what_a_full_training_makes(tmp_path: Path) -> None:
+    data = pairs_file(tmp_path / "p.jsonl", 30)
+    args = Finetune.Args(model="m", data=str(data), out="x", adapter_only=True)
+    with pytest.raises(BadArgument, match="goes with --method lora"):
+        Finetune.plan(args)
+
+
+@pytest.mark.slow
 def test_a_lora_checkpoint_holds_the_adapter_only(tmp_path: Path) -> None:
     base = toy_model(tmp_path / "base", "transformer", width=64)
     data = pairs_file(tmp_path / "p.jsonl", 30)
