@@ -19,13 +19,15 @@ from llmos.kernel.errors import BadArgument, BadInput, LlmosError, NoMemory
 from llmos.services.engine import batch, draw
 from llmos.services.engine.adapters import Adapter, Adapters
 from llmos.services.engine.batch import Candidate, Pace, Rank
+from llmos.services.engine.beam_session import BeamSession
 from llmos.services.engine.embedding import EmbedSession
 from llmos.services.engine.loaded import Loaded
-from llmos.services.engine.model import ALL, LAST, NOTHING, PagedModel, Work
+from llmos.services.engine.memories import Memories, is_in_file
+from llmos.services.engine.model import ALL, LAST, NOTHING, Work
 from llmos.services.engine.plan import kv_budget
 from llmos.services.engine.replay import replay
 from llmos.services.engine.sampling import Choice, choose, score
-from llmos.services.engine.session import Answer, ChatSession, InferSession, Served, Session, Text
+from llmos.services.engine.session import Answer, ChatSession, InferSession, Served, Session
 from llmos.services.engine.spill import FILE, Spill
 from llmos.services.model import safepoints
 from llmos.services.model.load import load_causal_lm, load_tokenizer
@@ -64,7 +66,9 @@ class Host:
         self._loaded.model.routing = self._adapters.routing
         self._sessions: dict[int, Served] = {}
         self._pace = Pace()
-        self._spill = Spill(model, loaded.dtype)
+        self._memories = Memories(
+            self._loaded.model, Spill(model, loaded.dtype), self._pace, self._sessions.values
+        )
         self._steps = 0
         self.floor = ALL_CLASSES
 
@@ -78,8 +82,11 @@ class Host:
         began_s = ctx.clock()
         self._steps += 1
         works = [w for part in parts for w in part.works]
-        if isinstance(parts[0].session, EmbedSession):
+        kind = parts[0].session.kind
+        if kind == EmbedSession.kind:
             self._embed(ctx, parts, works)
+        elif kind == BeamSession.kind:
+            self._search(ctx, parts, works)
         else:
             scores = self._loaded.model.forward(works)
             self._after(ctx, parts, scores, began_s)
@@ -129,104 +136,21 @@ class Host:
 
         Of several texts those at the end wait when there is not room for all.
         """
-        texts, works = [], []
-        for text in session.texts if piece == 0 else session.texts[:1]:
-            if text.memory is None:
-                self._start(session, text)
+        given, texts, works = session.texts if piece == 0 else session.texts[:1], [], []
+        for text in given:
             count = min(piece or batch.MOST_PIECE, len(text.ids) - text.computed)
-            if not self._grow(session, text, text.computed + count):
+            if not self._memories.ready(session, text, count):
                 break
+            count = min(count, len(text.ids) - text.computed)
             ids = text.ids[text.computed : text.computed + count]
             wanted = session.wanted(text, text.computed + count == len(text.ids))
             works.append(Work(text.memory, ids, text.computed, wanted, session.adapter))
             texts.append(text)
-        if not works:
-            self._forget(session)
+        if not works or (session.in_step and len(texts) < len(given)):
+            self._memories.forget(session)
             return None
         session.last_served = self._steps + 1
         return Part(session, texts, works, piece)
-
-    def _start(self, session: Served, text: Text) -> None:
-        """What is known of a text; of a chat's, that of its last turn."""
-        before, session.memory = session.memory, None
-        self._bring_back(session)
-        text.memory, text.computed = self._loaded.model.begin(
-            text.ids, self._salt(session), session.shares_prefix, before
-        )
-        if text.tokens == 0:
-            session.cached_tokens = text.computed
-
-    def _grow(self, session: Served, text: Text, tokens: int) -> bool:
-        while not self._loaded.model.grow(text.memory, text.computed, tokens):
-            victim = self._victim(session)
-            if victim is not None:
-                self._make_way(victim)
-                continue
-            later = [t for t in session.texts if t.index > text.index and t.memory is not None]
-            if not later:
-                return False
-            self._free(later[-1])
-        return True
-
-    def _victim(self, asking: Served) -> Served | None:
-        """Who makes room: who waits for his user first, else the least urgent one; never somebody
-        more urgent than who asks. Who came last of equals goes first, so that somebody is done."""
-        holders = [s for s in self._sessions.values() if s is not asking and _holds(s)]
-        resting = [s for s in holders if not s.runnable]
-        if resting:
-            return min(resting, key=lambda s: s.last_served)
-        later = [s for s in holders if s.guest.rank > asking.guest.rank]
-        return max(later, key=lambda s: s.guest.rank) if later else None
-
-    def _make_way(self, session: Served) -> None:
-        """Its blocks are needed by somebody else. It finds them in a file, where that is cheaper
-        than to compute them again."""
-        model = self._loaded.model
-        text = next((t for t in session.texts if t.memory is not None), None)
-        memory, ids = (
-            (session.memory, session.kept_ids) if text is None else (text.memory, text.ids)
-        )
-        folder = session.guest.folder
-        if (
-            isinstance(model, PagedModel)
-            and memory is not None
-            and folder
-            and session.shares_prefix
-        ):
-            tokens = memory.known * model.blocks.size
-            if tokens and self._spill.pays(model, tokens, self._pace.tokens_per_s):
-                session.is_spilled = self._spill.write(folder, model, memory, ids)
-        self._forget(session)
-
-    def _bring_back(self, session: Served) -> None:
-        """What was put into a file when there was no room, or by an engine before this one."""
-        model = self._loaded.model
-        if session.is_spilled and session.guest.folder and isinstance(model, PagedModel):
-            self._spill.read(session.guest.folder, model, self._salt(session))
-        session.is_spilled = False
-
-    def close(self) -> None:
-        """The engine ends in order: what chats have computed is kept for the next one."""
-        for session in self._sessions.values():
-            if isinstance(session, ChatSession) and session.memory is not None:
-                self._make_way(session)
-
-    def _forget(self, session: Served) -> None:
-        """Its memory is free; it is computed again, as far as nobody takes the blocks meanwhile."""
-        if session.memory is not None:
-            self._loaded.model.release(session.memory)
-            session.memory = None
-        for text in session.texts:
-            self._free(text)
-
-    def _free(self, text: Text) -> None:
-        if text.memory is not None:
-            self._loaded.model.release(text.memory)
-            text.memory, text.computed = None, 0
-
-    def _salt(self, session: Served) -> Any:
-        """Texts of one salt share blocks: keys and values depend on the adapter."""
-        return getattr(session.adapter, "key", None)
 
     # ---- after the forward ----
 
@@ -288,8 +212,7 @@ class Host:
             return [answer]
         new = session.split()
         for other in new:
-            other.memory = self._loaded.model.fork(answer.memory)
-            other.computed = answer.computed
+            self._memories.fork(answer, other)
         return [answer, *new]
 
     def _score_prompt(self, ctx: Context, session: Session, w: Work, scores: Tensor) -> None:
@@ -327,6 +250,42 @@ class Host:
             "top": top,
         }
 
+    def _search(self, ctx: Context, parts: Sequence[Part], works: Sequence[Work]) -> None:
+        """A step of beam searches."""
+        began_s = ctx.clock()
+        scores = self._loaded.model.forward(works)
+        at = 0
+        for part in parts:
+            session = part.session
+            assert isinstance(session, BeamSession)
+            rows = []
+            for text, w in zip(part.texts, part.works, strict=True):
+                text.computed += len(w.ids)
+                self._loaded.model.done(text.memory, text.ids, text.computed)
+                if w.wanted == LAST:
+                    rows.append(at)
+                    at += 1
+            if len(rows) < len(session.texts):
+                for text in part.texts:  # they go on together: the last token once more
+                    text.computed = min(text.computed, len(text.ids) - 1)
+                continue
+            session.times.took(len(rows), ctx.clock() - began_s)
+            self._advance(ctx, session, scores[rows])
+
+    def _advance(self, ctx: Context, session: BeamSession, scores: Tensor) -> None:
+        pid = session.guest.pid
+        try:
+            if session.advance(scores.float().log_softmax(-1), self._memories):
+                return
+        except BadInput as exc:
+            self.drop(pid)
+            ctx.guest_done(pid, Done(1, _one_line(exc), {"error": exc.to_wire()}))
+            return
+        for record in session.found():
+            ctx.emit("text", pid=pid, **record)
+        self.drop(pid)
+        ctx.guest_done(pid, Done(result=session.statistics()))
+
     def _embed(self, ctx: Context, parts: Sequence[Part], works: Sequence[Work]) -> None:
         states = self._loaded.model.hidden(works)
         at = 0
@@ -342,7 +301,7 @@ class Host:
                     continue
                 vector, tokens = session.vector(), len(text.ids)
                 ctx.emit("embedding", pid=pid, index=text.index, vector=vector, tokens=tokens)
-                self._free(text)
+                self._memories.free(text)
                 if session.end(text):
                     self.drop(pid)
                     ctx.guest_done(pid, Done(result=session.statistics()))
@@ -368,7 +327,9 @@ class Host:
 
     def _session(self, guest: Guest, adapter: Adapter | None) -> Served:
         if guest.program == "infer":
-            infer = InferSession(guest, Infer.Args(**guest.args), self._loaded, adapter)
+            args = Infer.Args(**guest.args)
+            kind = BeamSession if args.beams > 1 else InferSession
+            infer = kind(guest, args, self._loaded, adapter)
             infer.start()
             return infer
         if guest.program == "embed":
@@ -377,7 +338,7 @@ class Host:
             return embed
         if guest.program == "chat":
             chat = ChatSession(guest, Chat.Args(**guest.args), self._loaded, adapter)
-            chat.is_spilled = guest.folder is not None and (guest.folder / FILE).exists()
+            chat.is_spilled = is_in_file(chat)
             return chat
         raise BadArgument(f"an engine cannot serve the program {guest.program!r}")
 
@@ -385,10 +346,14 @@ class Host:
         """Forget a guest; its memory is free with it."""
         session = self._sessions.pop(pid, None)
         if session is not None:
-            self._forget(session)
+            self._memories.forget(session)
             _remove_file(session)
             if session.adapter is not None:
                 self._adapters.release(session.adapter)
+
+    def close(self) -> None:
+        """The engine ends in order: what chats have computed is kept for the next one."""
+        self._memories.keep_chats()
 
     def trim(self) -> None:
         """Give back what no guest's text needs."""
@@ -446,7 +411,7 @@ class Host:
         if isinstance(session, ChatSession):
             session.memory, answer.memory = answer.memory, None
             session.kept_ids = answer.ids[: answer.computed]
-        self._free(answer)
+        self._memories.free(answer)
         if not session.end(answer, finish_reason):
             return
         statistics = session.statistics()
@@ -498,10 +463,6 @@ def _remove_file(session: Served) -> None:
     if session.guest.folder is not None:
         with contextlib.suppress(OSError):
             (session.guest.folder / FILE).unlink(missing_ok=True)
-
-
-def _holds(session: Served) -> bool:
-    return session.memory is not None or any(text.memory is not None for text in session.texts)
 
 
 def _one_line(error: LlmosError) -> str:

@@ -71,7 +71,8 @@ class Times:
 class Served:
     """What the host knows of every guest: its texts, their memory, whose turn it is."""
 
-    kind = "text"
+    kind = "text"  # a step computes one kind
+    in_step = False  # all of its texts go on in the same step, or none
 
     def __init__(self, guest: Guest, args: Any, loaded: Loaded, adapter: Any = None) -> None:
         self.guest = guest

@@ -1,13 +1,13 @@
 """Greedy texts of one running batch against generate(), token for token, in float32.
 
-    python tests/bench/bench_exact.py MODEL TEXT [--prompts 200] [--tokens 48] [--adapter FOLDER ...]
+    python tests/bench/bench_exact.py MODEL TEXT [--prompts 200] [--tokens 48] [--adapter FOLDER]
 
 MODEL is a folder, TEXT a text whose pieces are the prompts: of mixed length, some with a common
-beginning. They come while others are served, in pieces, with blocks for an eighth of them, so that
-guests have to make room and are computed again; every `--adapter` is used by some of them. Then each
-text is computed anew by transformers (peft's model for an adapter). Printed: tokens that are the
-same; flips where the reference's two best scores differ by less than 1e-4; anything else is wrong,
-and the exit status 1.
+beginning. They come while others are served, in pieces, with few blocks (`--blocks`), so that guests
+have to make room and are computed again; every `--adapter` is used by some of them. Then each
+text is computed anew by transformers (peft's model for an adapter). Printed: tokens that are the same;
+flips where the reference's two best scores differ by less than 1e-4; anything else is wrong, and
+the exit status 1.
 """
 
 from __future__ import annotations
@@ -49,28 +49,28 @@ def serve(args: argparse.Namespace, given: list[list[int]], adapters: list[str])
     batch.MOST_PIECE = 96
     probe = Host(args.model, "float32", "cpu", args.threads, OpenGate())
     block = probe._loaded.model.pool.shape.block_bytes
-    tokens = sum(len(ids) + args.tokens for ids in given)
     del probe
-    host = Host(args.model, "float32", "cpu", args.threads, OpenGate(), tokens // 8 // 16 * block)
+    host = Host(args.model, "float32", "cpu", args.threads, OpenGate(), args.blocks * block)
     counted = {"made way": 0, "steps": 0}
-    make_way = host._make_way
+    make_way = host._memories.make_way
 
     def counting(session: Any) -> None:
         counted["made way"] += 1
         make_way(session)
 
-    host._make_way = counting  # type: ignore[method-assign]
+    host._memories.make_way = counting  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         ctx = make_context(Path(folder))
         for pid, ids in enumerate(given, 1):
-            one = {"model": args.model, "prompt_ids": ids, "max_tokens": args.tokens,
-                   "temperature": 0.0, "ignore_eos": True, "adapter": adapters[pid - 1]}  # fmt: skip
+            one = {
+                "model": args.model, "prompt_ids": ids, "max_tokens": args.tokens,
+                "temperature": 0.0, "ignore_eos": True, "adapter": adapters[pid - 1],
+            }  # fmt: skip
             work = Path(folder) / str(pid)
             work.mkdir()
             host.admit(ctx, Guest(pid, "infer", one, (0, 0, pid), [], False, work))
-            if pid > args.prompts // 8:
-                host.step(ctx)
-                counted["steps"] += 1
+            host.step(ctx)
+            counted["steps"] += 1
         while not isinstance(host.step(ctx), Idle):
             counted["steps"] += 1
         made = {pid: [t for r in ctx.of_kind("text", pid) for t in r["tokens"]]
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--longest", type=int, default=140)
+    parser.add_argument("--blocks", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--adapter", action="append", default=[])
     args = parser.parse_args()

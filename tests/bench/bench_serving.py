@@ -1,12 +1,13 @@
 """Many streams at once: the bare engine loop, and the same through the kernel; peers beside them.
 
     python tests/bench/bench_serving.py MODEL [--dtype bfloat16] [--streams 1 8 32]
-        [--prompt 128] [--tokens 64] [--rounds 3] [--peer NAME=COMMAND ...]
+        [--prompt 128] [--tokens 64] [--rounds 3]
 
-MODEL is a folder. Each round has a bare part (an engine's host in a process of its own, nobody else)
-and a part through a kernel: as many attached `infer` as streams, begun at once, greedy, prompts of
-random ids that share nothing. Printed, medians over the rounds: tokens per second from the first
-request to the last token; time to the first token; gap between tokens; memory of the engine's worker.
+MODEL is a folder. Each round has a bare part (an engine's host in a process of its own, nobody
+else) and a part through a kernel: as many attached `infer` as streams, begun at once, greedy,
+prompts of random ids that share nothing. Printed, medians over the rounds: tokens per second from
+the first request to the last token; time to the first token; gap between tokens; memory of the
+engine's worker.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -127,10 +129,8 @@ class Served:
     async def _one(self, client: AsyncClient, ids: list[int]) -> Stamps:
         stamps = [time.perf_counter()]
         pid = await client.submit("infer", infer_args(self.args, ids), attached=True)
-        async for record in client.attach(pid):
-            if record["kind"] == "text":
-                stamps.append(time.perf_counter())
-        return stamps
+        stream = client.attach(pid)
+        return stamps + [time.perf_counter() async for r in stream if r["kind"] == "text"]
 
     def memory(self) -> int:
         return max(private_bytes(pid) for pid in self.workers())
@@ -186,7 +186,7 @@ def private_bytes(pid: int) -> int:
 def figures(streams: list[Stamps]) -> dict[str, float]:
     tokens = sum(len(s) - 1 for s in streams)
     began, ended = min(s[0] for s in streams), max(s[-1] for s in streams)
-    gaps = sorted(b - a for s in streams for a, b in zip(s[1:], s[2:], strict=False))
+    gaps = sorted(b - a for s in streams for a, b in itertools.pairwise(s[1:]))
     firsts = sorted(s[1] - s[0] for s in streams)
     return {
         "tokens/s": tokens / (ended - began),

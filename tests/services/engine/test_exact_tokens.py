@@ -201,3 +201,30 @@ def test_vectors_are_the_mean_of_the_last_states(tmp_path: Path) -> None:
         found = torch.tensor(np.frombuffer(record["vector"], "<f4"))
         assert torch.allclose(found, expected, atol=1e-4)
     assert engine.ctx.guests_done[1].result["prompt_tokens"] == sum(map(len, given))
+
+
+@pytest.mark.parametrize(("beams", "length_penalty"), [(2, 1.0), (4, 0.0), (3, 2.0)])
+def test_beam_search_finds_what_generate_finds(
+    beams: int, length_penalty: float, tmp_path: Path
+) -> None:
+    engine = Engine(make_llama(tmp_path / "model"), tmp_path)
+    given = prompts(2, engine.vocabulary, 6, longest=30)
+    for pid, ids in enumerate(given, 1):  # at once, and beside somebody else
+        engine.ask(pid, ids, 12, beams=beams, n=2, length_penalty=length_penalty, ignore_eos=False)
+    engine.ask(9, given[0], 20)
+    engine.until_idle()
+    for pid, ids in enumerate(given, 1):
+        with torch.inference_mode():
+            expected = engine.reference.generate(
+                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                num_beams=beams, num_return_sequences=2, do_sample=False, max_new_tokens=12,
+                length_penalty=length_penalty, early_stopping=False,
+                return_dict_in_generate=True, output_scores=True,
+            )  # fmt: skip
+        result = engine.ctx.guests_done[pid].result
+        for index in range(2):
+            made = engine.tokens(pid, index)
+            assert made == expected.sequences[index, len(ids) : len(ids) + len(made)].tolist()
+            score = float(expected.sequences_scores[index])
+            assert result["choices"][index]["score"] == pytest.approx(score, abs=1e-3)
+    assert engine.host._loaded.model.blocks.in_use == 0
