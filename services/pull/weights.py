@@ -22,8 +22,8 @@ from llmos.services.pull.gguf_model import names_of, row_order
 # Larger models are written into several files, as their authors do it.
 SHARD_BYTES = 5 * 10**9
 
-# So many numbers are converted at once: in 32 bits they are 64 MiB.
-NUMBERS_AT_ONCE = 1 << 24
+# So many numbers are converted at once: in 32 bits they are 16 MiB.
+NUMBERS_AT_ONCE = 1 << 22
 
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
