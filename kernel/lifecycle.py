@@ -15,6 +15,7 @@ from llmos.kernel.events import (
     Grant,
     Hold,
     Learned,
+    Load,
     Loaded,
     Misspoke,
     MovedIn,
@@ -69,7 +70,7 @@ def planned(m: Machine, e: Planned) -> None:
     """The footprint is known. Raises NoMemory, and forgets the process, when it never fits."""
     proc = m.find(e.pid)
     proc.segments = e.segments
-    if proc.role is not Role.SERVICE:
+    if proc.needs_device:
         try:
             admission.refuse_what_never_fits(m, proc)
         except NoMemory:
@@ -117,6 +118,9 @@ def worker_up(m: Machine, e: WorkerUp) -> None:
         return
     if proc.role is Role.SERVICE:
         return  # the supervisor has it load at once: it wants no device
+    if not proc.needs_device:
+        _begin(m, proc, worker)
+        return
     if proc.state is State.STARTING:
         m.move(proc, State.READY, "its worker is up")
     if proc.role is Role.ENGINE:
@@ -125,6 +129,15 @@ def worker_up(m: Machine, e: WorkerUp) -> None:
         if not turns.runnable_guests(m, proc.pid):
             rest_engine(m, worker)  # those that it was made for have been killed or paused
     turns.update(m, worker)
+
+
+def _begin(m: Machine, proc: Process, worker: Worker) -> None:
+    """A worker that needs no device waits for no turn."""
+    if proc.state is State.STARTING:
+        m.move(proc, State.RUNNING, "its worker is up; it needs no device")
+    if not worker.load_sent:
+        worker.load_sent = True
+        m.out.append(Load(worker.worker_id, worker.pid))
 
 
 def _was_away(m: Machine, proc: Process, worker: Worker, left_bytes: int) -> None:
@@ -426,7 +439,7 @@ def _killed(m: Machine, proc: Process, worker: Worker) -> None:
     elif why == "restart":
         admission.wait_for_memory(m, to_waiting(m, proc, "restarted by a person"))
     elif proc.role is Role.PROCESS:
-        to_be_continued(m, proc, "ended before it had loaded")
+        to_be_continued(m, proc, "ended before it had loaded" if proc.needs_device else why)
     else:
         end(m, proc, 0, why)
 

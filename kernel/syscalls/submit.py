@@ -174,6 +174,11 @@ def _process(
     if cls not in CLASSES:
         raise BadArgument(f"class is one of {', '.join(CLASSES)}, not {cls!r}")
     restarts.parse(request.restart)
+    if not schema.get("needs_device", True) and (request.device or request.deadline_s):
+        raise BadArgument(
+            f"{schema['name']} needs no device: it waits for none and has no deadline on one",
+            "leave --device and --deadline out",
+        )
     hang_s = request.hang_s
     if hang_s is not None and not 0 <= hang_s <= MOST_HANG_S:
         raise BadArgument(f"hang_s is 0 to {MOST_HANG_S:.0f} seconds, not {hang_s!r}")
@@ -194,16 +199,18 @@ def _process(
         cwd=request.cwd, env=request.env, attached=request.attached, restart=request.restart,
         has_checkpoint=schema["has_checkpoint"], cls=CLASSES[cls], nice=request.nice,
         engine_key=_engine_key(schema, args, request.device, uid),
-        gang=_gang(kernel, args, request),
+        gang=_gang(kernel, schema, args, request),
         may_shrink=bool(args.get("may_shrink")), lanes=int(args.get("threads") or 0),
         declared=bool(schema.get("foreign") and args.get("memory")),
         deadline_at=deadline_at(kernel, request.deadline_s) or None, hang_s=hang_s,
     )  # fmt: skip
 
 
-def _gang(kernel: Kernel, args: dict[str, Any], request: protocol.Submit) -> int:
+def _gang(
+    kernel: Kernel, schema: dict[str, Any], args: dict[str, Any], request: protocol.Submit
+) -> int:
     """How many devices a process wants. Raises BadArgument when there are not so many."""
-    count = int(args.get("devices") or 1)
+    count = int(args.get("devices") or 1) if schema.get("needs_device", True) else 0
     if count > 1 and request.device:
         raise BadArgument(
             f"--devices {count} and --device {request.device} cannot be together",
@@ -251,7 +258,7 @@ def _check_room(kernel: Kernel, client: Connection) -> None:
 
 def _name(schema: dict[str, Any], args: dict[str, Any]) -> str:
     """What `ps` shows when the user gave no name: the command, output, model or data."""
-    for key in ("command", "output", "model", "path"):
+    for key in ("command", "output", "model", "local", "path"):
         for f in schema["args"]:
             value = args.get(f["name"])
             if not f.get(key) or not value:

@@ -214,6 +214,7 @@ def _entry(folder: Path) -> dict[str, Any]:
         "kind": sidecar.get("kind") or _guess_kind(folder, architectures),
         "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         "source": _source(made_by),
+        "license": str(made_by.get("license", "")),
         "created_at": sidecar.get("created_at") or folder.stat().st_mtime,
         "shared": bool(folder.stat().st_mode & stat.S_IRGRP),
         "folder": str(folder),
@@ -225,6 +226,8 @@ def _entry(folder: Path) -> dict[str, Any]:
 def _source(made_by: dict[str, Any]) -> str:
     if not made_by:
         return "local folder"
+    if made_by.get("source"):  # pulled
+        return str(made_by["source"])
     pid = made_by.get("pid")
     program = str(made_by.get("program", "unknown program"))
     return program if pid is None else f"{program} (pid {pid})"

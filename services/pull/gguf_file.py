@@ -94,7 +94,8 @@ class GgufFile:
         count = tensor.nbytes // tensor.row_bytes
         stored = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
         # Fancy indexing copies: nothing keeps a reference to the map, which can then be closed.
-        return stored.reshape(count, tensor.row_bytes)[indices]
+        chosen: np.ndarray[Any, Any] = stored.reshape(count, tensor.row_bytes)[indices]
+        return chosen
 
     def types(self) -> str:
         """The types of its tensors, the most frequent in bytes first: "Q4_1, Q8_0, F32"."""

@@ -134,7 +134,7 @@ def names_of(file: GgufFile) -> dict[str, str]:
     unknown = sorted(set(file.tensors) - set(wanted) - {_ROPE_FACTORS})
     if unknown:
         raise BadInput(
-            f"{file.path.name} has a tensor {unknown[0]}, which a {family.model_type} model has not",
+            f"{file.path.name} has {unknown[0]}, which a {family.model_type} model has not",
             "pull the model's safetensors instead: `llmos pull OWNER/NAME` from the hub",
         )
     missing = sorted(set(wanted) - set(file.tensors))
@@ -213,7 +213,9 @@ def llama3_factors(
     waves = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     smooth = (original / waves - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
-    found = np.where(waves < original / high, 1.0, np.where(waves > original / low, factor, between))
+    found = np.where(
+        waves < original / high, 1.0, np.where(waves > original / low, factor, between)
+    )
     return found.astype(np.float32)
 
 

@@ -9,6 +9,7 @@ places only, where nobody notices.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _by(pattern: str) -> Any:
 
 
 # By the name of the cut (llama.cpp, src/llama-vocab.cpp).
-CUTS = {
+CUTS: dict[str, Callable[[], Any]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "jina-es", "jina-de", "mpt", "olmo"), _words),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _digits),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"),
@@ -76,7 +77,8 @@ def write_tokenizer(file: GgufFile, folder: Path) -> list[str]:
 
 def make_tokenizer(file: GgufFile) -> tuple[Tokenizer, list[str]]:
     """-> the tokenizer, and what its user should know of it. Raises BadInput."""
-    kind, notes = str(file.key("tokenizer.ggml.model")), []
+    kind = str(file.key("tokenizer.ggml.model"))
+    notes: list[str] = []
     tokens = [str(token) for token in file.key("tokenizer.ggml.tokens")]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
@@ -111,9 +113,10 @@ def _of_merges(file: GgufFile, vocabulary: dict[str, int], notes: list[str]) -> 
             f"{file.path.name} cuts its words by {name!r}, which is not known here",
             "pull the model's safetensors instead: they come with a whole tokenizer",
         )
-    merges = [tuple(str(merge).split(" ", 1)) for merge in file.key("tokenizer.ggml.merges")]
-    if any(len(pair) != 2 for pair in merges):
+    halves = [str(merge).partition(" ") for merge in file.key("tokenizer.ggml.merges")]
+    if not all(right for _, _, right in halves):
         raise BadInput(f"{file.path.name} has a merge that is no pair of tokens")
+    merges = [(left, right) for left, _, right in halves]
     made = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name in _WHOLE_WORDS))
     if name in _COMPOSED:
         made.normalizer = normalizers.NFC()

@@ -110,9 +110,7 @@ def _pieces(file: GgufFile, tensor: Tensor, dtype: str) -> Iterator[bytes]:
         yield packed(numbers, dtype)
 
 
-def numbers_of(
-    file: GgufFile, tensor: Tensor, rows: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
+def numbers_of(file: GgufFile, tensor: Tensor, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Some rows as float32 [rows, columns]. Raises BadInput."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize

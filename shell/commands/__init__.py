@@ -17,14 +17,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ps", "attach", "logs", "wait", "explain", "kill", "pause", "resume", "checkpoint",
         "nice", "renice",
     ),
-    "Models and services": ("models", "service", "call"),
+    "Models and services": ("pull", "models", "service", "call"),
     "Help": ("help", "version"),
 }  # fmt: skip
 
 NAMES: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
 
 # Programs that have a verb of their own, by the program's name.
-PROGRAM_VERBS = {"infer": "run", "chat": "chat"}
+PROGRAM_VERBS = {"infer": "run", "chat": "chat", "pull": "pull"}
 
 
 def load(name: str) -> Command:
