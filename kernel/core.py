@@ -36,6 +36,7 @@ from llmos.kernel.events import (
     GivenUp,
     GuestIdle,
     InputGiven,
+    KeepAsked,
     KillAsked,
     Loaded,
     Measured,
@@ -337,6 +338,7 @@ _HANDLERS: dict[type[Any], Callable[[Machine, Any], None]] = {
     StopAsked: asked.stop_asked,
     CheckpointAsked: asked.checkpoint_asked,
     InputGiven: guests.input_given,
+    KeepAsked: guests.keep_asked,
     ShutdownAsked: _shutdown,
     Clock: _clock,
 }

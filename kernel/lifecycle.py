@@ -33,7 +33,13 @@ from llmos.kernel.events import (
     WorkerIdle,
     WorkerUp,
 )
-from llmos.kernel.guests import has_read, join_engine, leave_unread, rest_engine
+from llmos.kernel.guests import (
+    has_read,
+    join_engine,
+    keep_longer,
+    leave_unread,
+    rest_engine,
+)
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import Process, Residency, Role, State
 
@@ -59,6 +65,7 @@ def submitted(m: Machine, e: Submitted) -> None:
     if e.process.role is Role.GUEST:
         m.move(e.process, State.WAITING, "submitted", "engine")
         join_engine(m, e.process)
+        keep_longer(m, e.process)
         host = m.engine_of(e.process)
         if host is not None and host.state is not State.PLANNING:
             m.save(e.process)  # else it is saved, or forgotten, with its engine
@@ -126,7 +133,7 @@ def worker_up(m: Machine, e: WorkerUp) -> None:
     if proc.role is Role.ENGINE:
         for guest in m.guests_of(proc.pid):
             join_engine(m, guest)
-        if not turns.runnable_guests(m, proc.pid):
+        if not turns.runnable_guests(m, proc.pid) and not turns.to_be_loaded(proc, worker):
             rest_engine(m, worker)  # those that it was made for have been killed or paused
     turns.update(m, worker)
 

@@ -77,7 +77,8 @@ def dispatch(argv: list[str], ctx: Context) -> int:
         from llmos.shell.repl import start
 
         return start(ctx)
-    name, rest = argv[0], argv[1:]
+    words = [*commands.ALIASES.get(argv[0], (argv[0],)), *argv[1:]]
+    name, rest = words[0], words[1:]
     if name in HELP_FLAGS:
         name = "help"
     if name in ("--version", "-V"):

@@ -59,6 +59,7 @@ def arg(
     command: bool = False,
     env: str = "",
     interval: bool = False,
+    duration: bool = False,
     plan_without: bool = False,
     shape: bool = True,
     plugin: str = "",
@@ -70,10 +71,12 @@ def arg(
     Without a default the argument is required. `path`: a file or folder, made absolute by
     the client; `local`: a name, or a path that is written as one (./x, ~/x, x.gguf). `model`: a
     registry name, a local path or a hub name; the kernel puts the folder in its place. `output`:
-    the name of a model that the run makes; the kernel refuses one that exists unless the argument `overwrite` is set. `plan_without`: a plan
-    can be made without it; it is an empty text then. `positional`: given without a flag on the
-    command line. `command`: the words of somebody's command line, taken as they are to the end.
-    `interval`: so many steps, or so much time (kernel/units.py).
+    the name of a model that the run makes; the kernel refuses one that exists unless the argument
+    `overwrite` is set. `plan_without`: a plan can be made without it; it is an empty text then.
+    `positional`: given without a flag on the command line. `command`: the words of somebody's
+    command line, taken as they are to the end.
+    `interval`: so many steps, or so much time (kernel/units.py). `duration`: a float of seconds
+    that people write as 5m, 0 or -1 (for ever); its flag goes without the `_s` of its name.
     `env`: when it is not given, this variable of the submitter's environment is. `shape`: it may
     change how much memory a process takes, or what its plan refuses; a known profile is then one
     of the same value. `plugin`: a name of what is installed
@@ -91,6 +94,7 @@ def arg(
         "command": command,
         "env": env,
         "interval": interval,
+        "duration": duration,
         "plan_without": plan_without,
         "shape": shape,
         "plugin": plugin,

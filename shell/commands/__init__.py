@@ -17,11 +17,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ps", "attach", "logs", "wait", "explain", "kill", "pause", "resume", "checkpoint",
         "nice", "renice",
     ),
-    "Models and services": ("pull", "models", "service", "call"),
+    "Models and services": ("pull", "models", "load", "unload", "service", "call"),
     "Help": ("help", "version"),
 }  # fmt: skip
 
 NAMES: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
+
+# What other systems call it, and fingers know.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "list": ("models",), "ls": ("models",), "show": ("models", "show"), "rm": ("models", "rm"),
+    "stop": ("unload",),
+}  # fmt: skip
 
 # Programs that have a verb of their own, by the program's name.
 PROGRAM_VERBS = {"infer": "run", "chat": "chat", "pull": "pull"}

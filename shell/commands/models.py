@@ -11,7 +11,8 @@ from llmos.shell.render import Column, ago, count, size, table
 
 _COLUMNS = (
     Column("NAME", shrink=8), Column("KIND"), Column("SIZE", right=True),
-    Column("PARAMS", right=True), Column("FROM", shrink=8), Column("WHEN", right=True),
+    Column("PARAMS", right=True), Column("FROM", shrink=8), Column("LICENSE", shrink=6),
+    Column("WHEN", right=True),
 )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def _row(m: Record, now: float) -> tuple[str, ...]:
         size(m["bytes"]),
         count(parameters) if parameters else "-",
         m["source"] or "-",
+        m.get("license") or "-",
         ago(m["created_at"], now),
     )
 
