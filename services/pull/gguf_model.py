@@ -80,13 +80,16 @@ def config_of(file: GgufFile, dtype: str) -> dict[str, Any]:
     """The content of config.json. Raises BadInput."""
     family, of = family_of(file), _keys_of(file)
     _check_plain(file)
+    rows, tokens = _tensor(file, "token_embd.weight").shape[0], len(_tokens(file))
+    if tokens > rows:
+        raise BadInput(f"{file.path.name} has {tokens} tokens and {rows} embeddings")
     heads = int(of("attention.head_count"))
     hidden = int(of("embedding_length"))
     head_dim = int(of("attention.key_length", of("rope.dimension_count", hidden // heads)))
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "vocab_size": _tensor(file, "token_embd.weight").shape[0],
+        "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": int(of("feed_forward_length")),
         "num_hidden_layers": int(of("block_count")),
@@ -217,6 +220,11 @@ def llama3_factors(
         waves < original / high, 1.0, np.where(waves > original / low, factor, between)
     )
     return found.astype(np.float32)
+
+
+def _tokens(file: GgufFile) -> list[Any]:
+    found = file.key("tokenizer.ggml.tokens")
+    return found if isinstance(found, list) else []
 
 
 def _tensor(file: GgufFile, name: str) -> Tensor:
