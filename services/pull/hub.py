@@ -1,5 +1,5 @@
-"""A model of the Hugging Face hub, fetched with its own client: its cache (HF_HOME), its token, its
-way of going on where a download was cut off.
+"""A model of the Hugging Face hub, found and fetched with the hub's own client (its token, its
+proxy, its retries); what lies in the client's cache (HF_HOME) is taken from there.
 
 Every file is checked against what the hub says of it: the client looks at sizes only.
 """
@@ -17,7 +17,6 @@ from typing import Any
 from llmos.kernel.errors import (
     BadArgument,
     BadInput,
-    HomeUnusable,
     LlmosError,
     NoSuchThing,
     NotAllowed,
@@ -110,37 +109,85 @@ def _part_of(name: str) -> str:
     return name.removesuffix(".gguf").rpartition("-")[2].rpartition(".")[2]
 
 
-def fetch(
-    repository: Repository, files: list[File], target: Path, progress: Progress
-) -> dict[str, Path]:
-    """Bring files into the hub's cache, checked -> where each lies. `target` is where they go from
-    there: it must have room if it is on another disk."""
-    from huggingface_hub import constants, hf_hub_download
+def cached(name: str, revision: str) -> Repository | None:
+    """What the hub's cache on this machine has of a repository, for when nobody answers."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    cache = Path(constants.HF_HUB_CACHE)
-    blobs = cache / f"models--{repository.name.replace('/', '--')}" / "blobs"
-    total = sum(f.nbytes for f in files)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise HomeUnusable(f"the hub's cache {cache} cannot be used: {exc.strerror}",
-                           "choose another with HF_HOME") from None  # fmt: skip
-    check_room(cache, total - _arrived(blobs, files), repository.name)
-    if cache.stat().st_dev != target.stat().st_dev:
-        check_room(target, total, repository.name)
-    progress.begin(f"fetching {repository.name} ({repository.commit[:12]}) from the hub", total)
-    found = {}
-    with _watched(blobs, files, progress), _told(repository.name, repository.commit):
+        folder = Path(
+            snapshot_download(name, revision=revision or DEFAULT_REVISION, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        return None
+    files = [
+        # A file of the cache is called by its digest; the snapshot links to it.
+        File(p.relative_to(folder).as_posix(), p.stat().st_size, p.resolve().name)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    ]
+    return Repository(name, folder.name, "", tuple(f for f in files if _is_digest(f.digest)))
+
+
+def fetch(
+    repository: Repository, files: list[File], folder: Path, progress: Progress
+) -> dict[str, Path]:
+    """Bring files into `folder`, checked -> where each lies: there, or in the hub's cache.
+
+    The client begins a file anew when it was interrupted (since huggingface_hub 1.x, so that two
+    of it never meet in one file). Here nobody else writes: a half-fetched file is gone on with.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        path = _in_cache(repository, file)
+        if path is not None:
+            found[file.name] = path
+    missing = {f.name: folder / f"{f.digest}.part" for f in files if f.name not in found}
+    total = sum(f.nbytes for f in files)
+    arrived = sum(p.stat().st_size for p in missing.values() if p.exists())
+    check_room(folder, sum(f.nbytes for f in files if f.name in missing) - arrived, repository.name)
+    if missing:
+        what = f"fetching {repository.name} ({repository.commit[:12]}) from the hub"
+        progress.begin(what, sum(f.nbytes for f in files if f.name in missing))
+    with _watched(list(missing.values()), progress), _told(repository.name, repository.commit):
         for file in files:
-            found[file.name] = Path(
-                hf_hub_download(
-                    repository.name, file.name, revision=repository.commit, library_name="llmos"
-                )
-            )
+            if file.name in missing:
+                _fetch_file(repository, file, missing[file.name])
     progress.begin("checking what was fetched", total)
     for file in files:
+        path = found.get(file.name)
+        if path is None:
+            found[file.name] = missing[file.name]
         _check(repository, file, found[file.name], progress)
     return found
+
+
+def _in_cache(repository: Repository, file: File) -> Path | None:
+    """A file that some other program has fetched already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository.name, file.name, revision=repository.commit)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _fetch_file(repository: Repository, file: File, path: Path) -> None:
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    there = path.stat().st_size if path.exists() else 0
+    if there >= file.nbytes > 0:
+        return
+    url = hf_hub_url(repository.name, file.name, revision=repository.commit)
+    headers = build_hf_headers(library_name="llmos")
+    location = get_hf_file_metadata(url, library_name="llmos").location
+    if urlsplit(location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # the token is for the hub, not for its storage
+    with path.open("r+b" if path.exists() else "w+b", buffering=0) as out:
+        out.seek(there)
+        http_get(location, out, resume_size=there, headers=headers, expected_size=file.nbytes)
 
 
 def _check(repository: Repository, file: File, path: Path, progress: Progress) -> None:
@@ -161,28 +208,18 @@ def _check(repository: Repository, file: File, path: Path, progress: Progress) -
     )
 
 
-def _arrived(blobs: Path, files: list[File]) -> int:
-    """Bytes of these files that are in the cache, half-fetched ones included."""
-    total = 0
-    for file in files:
-        sizes = [0]
-        for path in blobs.glob(f"{file.digest}*") if file.digest else ():
-            try:
-                sizes.append(path.stat().st_size)
-            except OSError:  # renamed at this moment
-                continue
-        total += min(file.nbytes, max(sizes))
-    return total
+def _is_digest(text: str) -> bool:
+    return len(text) in (40, 64) and set(text) <= set("0123456789abcdef")
 
 
 @contextmanager
-def _watched(blobs: Path, files: list[File], progress: Progress) -> Iterator[None]:
+def _watched(paths: list[Path], progress: Progress) -> Iterator[None]:
     """Report what has arrived while the client works: its own bars are for a terminal."""
     ended = threading.Event()
 
     def look() -> None:
         while not ended.wait(EVERY_S):
-            progress.at(_arrived(blobs, files))
+            progress.at(sum(p.stat().st_size for p in paths if p.exists()))
 
     watcher = threading.Thread(target=look, name="watch", daemon=True)
     watcher.start()

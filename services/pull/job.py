@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,13 +149,15 @@ class Job:
         is_same = before.get("source") == source and self._same_dtype(before)
         try:
             repository = hub.look_up(ref.repository, self._wish.revision)
-        except hub.Unreachable:
-            if not is_same or self._wish.revision not in ("", before.get("version")):
+        except hub.Unreachable as exc:
+            if is_same and self._wish.revision in ("", before.get("version")):
+                self._progress.note("the hub cannot be reached: perhaps it has a newer one")
+                return self._is_here(name)
+            there = hub.cached(ref.repository, self._wish.revision)
+            if there is None:
                 raise
-            self._progress.note(
-                "the hub cannot be reached: nobody knows whether it has a newer one"
-            )
-            return self._is_here(name)
+            self._progress.note(f"{exc.message}; it is taken from the hub's cache")
+            repository = there
         if is_same and before.get("version") == repository.commit:
             return self._is_here(name)
         self._check_free(name, before)
@@ -164,16 +167,21 @@ class Job:
         if not names[0].endswith(".gguf"):
             kind = folders.kind_of(names, f"{ref.repository} (on the hub)")
             self._check_no_dtype(ref)
-            found = hub.fetch(repository, files, target, self._progress)
-            for file, path in found.items():
-                folders.link_or_copy(path, target / file)
+            with self._staging_of(ref) as folder:
+                found = hub.fetch(repository, files, folder, self._progress)
+                for file, path in found.items():
+                    folders.link_or_copy(path, target / file)
             return kind, said
-        found = hub.fetch(repository, files, target, self._progress)
-        made = self._convert(found[names[0]], target)
+        with self._staging_of(ref) as folder:
+            found = hub.fetch(repository, files, folder, self._progress)
+            made = self._convert(found[names[0]], target)
         license_ = said["license"] or made.get("license", "")
         return "causal-lm", {**made, **said, "license": license_, "sha256": files[0].digest}
 
     # ---- parts of it ----
+
+    def _staging_of(self, ref: Reference) -> AbstractContextManager[Path]:
+        return staging(self._models, f"hf-{ref.repository.replace('/', '--')}", self._pid)
 
     def _convert(self, path: Path, target: Path) -> dict[str, Any]:
         """A GGUF file as a model folder -> what to remember of it. Raises BadInput."""
