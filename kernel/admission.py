@@ -179,7 +179,9 @@ def _bring_back(m: Machine, proc: Process, worker: Worker) -> None:
 def review(m: Machine, proc: Process) -> None:
     """Look again when the policy may want it moved out for somebody who waits."""
     worker = m.worker_of(proc) if m.reviewing else None
-    if proc.role is not Role.PROCESS or worker is None or worker.review_at > m.now + 1e-6:
+    if worker is None or not worker.devices or worker.review_at > m.now + 1e-6:
+        return
+    if proc.role is not Role.PROCESS:
         return
     in_s = m.policy.review_s(m.job_of(proc))
     if in_s is not None:

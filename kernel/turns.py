@@ -316,7 +316,7 @@ def forward(m: Machine, worker: Worker, pid: int, given: Input) -> None:
 def _note_preemption(m: Machine, worker: Worker, by: Worker) -> None:
     urgent: Process = m.procs[by.pid]
     if urgent.role is Role.ENGINE:
-        urgent = min(runnable_guests(m, by.pid), key=Process.rank)
+        urgent = min(runnable_guests(m, by.pid), key=Process.rank, default=urgent)
     for proc in _occupants(m, worker):
         proc.preemptions += 1
         m.record("preempted", proc.pid, f"{urgent.cls.word} process {urgent.pid}", urgent.pid)

@@ -175,7 +175,7 @@ def _fetch_file(repository: Repository, file: File, path: Path) -> None:
 
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     there = path.stat().st_size if path.exists() else 0
     if there >= file.nbytes > 0:
@@ -278,6 +278,10 @@ def _told(name: str, revision: str) -> Iterator[None]:
     except Exception as exc:
         if _is_network(exc):
             raise _unreachable(where, exc) from None
+        if isinstance(exc, OSError | ValueError):  # it arrived in another size; it is too large
+            why = getattr(exc, "strerror", None) or str(exc).strip().splitlines()[0]
+            raise LlmosError(f"{name} could not be fetched: {why}",
+                             "what has arrived is kept: pull it again") from None  # fmt: skip
         raise
 
 
