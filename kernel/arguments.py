@@ -91,7 +91,7 @@ def _duration(f: dict[str, Any], value: str) -> float:
     try:
         return parse_duration(value)
     except BadArgument as exc:
-        raise BadArgument(f"{_called(f)}: {exc.message}", exc.hint) from None
+        raise BadArgument(f"{_called(f)} is a time: {exc.message}", exc.hint) from None
 
 
 def _value(f: dict[str, Any], value: Any) -> Any:

@@ -33,7 +33,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 PROGRAM_VERBS = {"infer": "run", "chat": "chat", "pull": "pull"}
 
 
-def load(name: str) -> Command:
+def named(name: str) -> Command:
     """The command of a name in `NAMES`; only its own module is imported."""
     module = importlib.import_module(f"llmos.shell.commands.{name}")
     command: Command = module.COMMAND
