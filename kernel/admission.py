@@ -133,6 +133,11 @@ def disk_told(m: Machine, e: DiskTold) -> None:
     m.line_dirty = True
     for pid in m.waiting:
         m.procs[pid].reason = "disk" if e.trouble else "memory"
+    if e.trouble:
+        return
+    for proc in list(m.procs.values()):
+        if proc.state is State.WAITING and not proc.needs_device and not proc.worker_id:
+            wait_for_memory(m, proc)
 
 
 def start(m: Machine, proc: Process, devices: tuple[str, ...]) -> None:
@@ -152,7 +157,7 @@ def start(m: Machine, proc: Process, devices: tuple[str, ...]) -> None:
     proc.worker_id, proc.devices = worker.worker_id, devices
     proc.next_start_at = None
     show_promise(m, proc)
-    why = f"memory is promised on {' and '.join(devices)}" if devices else "service"
+    why = f"memory is promised on {' and '.join(devices)}" if devices else "it needs no device"
     m.move(proc, State.STARTING, why)
     proc.residency = Residency.DEVICE
     m.out.append(StartWorker(worker.worker_id, proc.pid, devices))
@@ -174,7 +179,9 @@ def _bring_back(m: Machine, proc: Process, worker: Worker) -> None:
 def review(m: Machine, proc: Process) -> None:
     """Look again when the policy may want it moved out for somebody who waits."""
     worker = m.worker_of(proc) if m.reviewing else None
-    if proc.role is not Role.PROCESS or worker is None or worker.review_at > m.now + 1e-6:
+    if worker is None or not worker.devices or worker.review_at > m.now + 1e-6:
+        return
+    if proc.role is not Role.PROCESS:
         return
     in_s = m.policy.review_s(m.job_of(proc))
     if in_s is not None:
@@ -193,10 +200,10 @@ def show_promise(m: Machine, proc: Process) -> None:
 
 
 def wait_for_memory(m: Machine, proc: Process) -> None:
-    """Put a process in the line for memory; services need none on a device."""
+    """Put a process in the line for memory; who needs no device needs none on it either."""
     proc.reason = "disk" if m.disk_trouble else "memory"
-    if proc.role is Role.SERVICE:
-        if not m.shutting_down:
+    if not proc.needs_device:
+        if not m.shutting_down and (proc.role is Role.SERVICE or not m.disk_trouble):
             start(m, proc, ())
         return
     proc.waiting_since = m.now

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmos.kernel.errors import BadArgument
-from llmos.kernel.units import parse_interval
+from llmos.kernel.units import parse_duration, parse_interval
 
 _WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false",
           "list": "a list of texts"}  # fmt: skip
@@ -66,7 +66,9 @@ def _default(f: dict[str, Any], defaults: Mapping[str, Any], env: Mapping[str, s
     return defaults.get(f["name"], f["default"])
 
 
-def flag(name: str) -> str:
+def flag(name: str, f: Mapping[str, Any] | None = None) -> str:
+    if f and f.get("duration"):
+        name = name.removesuffix("_s")  # its unit is part of what is written
     return "--" + name.replace("_", "-")
 
 
@@ -82,7 +84,14 @@ def _interval(f: dict[str, Any], value: Any) -> str:
 
 
 def _called(f: dict[str, Any]) -> str:
-    return f["name"].upper() if f.get("positional") else flag(f["name"])
+    return f["name"].upper() if f.get("positional") else flag(f["name"], f)
+
+
+def _duration(f: dict[str, Any], value: str) -> float:
+    try:
+        return parse_duration(value)
+    except BadArgument as exc:
+        raise BadArgument(f"{_called(f)} is a time: {exc.message}", exc.hint) from None
 
 
 def _value(f: dict[str, Any], value: Any) -> Any:
@@ -91,6 +100,8 @@ def _value(f: dict[str, Any], value: Any) -> Any:
         return _interval(f, value)
     if (value is None and f["type"].endswith("?")) or kind == "any":
         return value
+    if f.get("duration") and isinstance(value, str):
+        value = _duration(f, value)
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     expected = {"str": str, "int": int, "float": float, "bool": bool, "list": list}[kind]

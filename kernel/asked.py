@@ -102,6 +102,9 @@ def pause_asked(m: Machine, e: PauseAsked) -> None:
     if proc.state in (State.EXITED, State.STOPPING, State.NEW, State.PLANNING):
         raise IllegalMove(f"process {e.pid} is {proc.state} and cannot be paused")
     proc.move_error = ""
+    if not proc.needs_device:
+        _pause_without_device(m, proc, worker)
+        return
     if e.release:
         _check_release(m, proc)
     if proc.state is not State.PAUSED:
@@ -115,6 +118,15 @@ def pause_asked(m: Machine, e: PauseAsked) -> None:
         else:
             # There is nothing in it yet that could be lost.
             watch.end(m, worker, 15, "released before it had loaded")
+
+
+def _pause_without_device(m: Machine, proc: Process, worker: Worker | None) -> None:
+    """There is no device to be taken from it: it ends, and `resume` starts it again."""
+    if proc.state is not State.PAUSED:
+        m.move(proc, State.PAUSED, "a person paused it", "paused by a person")
+        m.save(proc)
+    if worker is not None and not worker.ending:
+        watch.end(m, worker, 15, "paused by a person")
 
 
 def _check_release(m: Machine, proc: Process) -> None:
@@ -171,8 +183,8 @@ def renice_asked(m: Machine, e: ReniceAsked) -> None:
         raise BadArgument(f"class is one of {', '.join(CLASSES)}, not {e.cls!r}")
     if not proc.live:
         raise IllegalMove(f"process {e.pid} has ended already")
-    if proc.role is Role.SERVICE:
-        raise IllegalMove(f"process {e.pid} is a service: it wants no device")
+    if not proc.needs_device:
+        raise IllegalMove(f"process {e.pid} ({proc.name}) needs no device: it is in nobody's way")
     proc.nice = proc.nice if e.nice is None else e.nice
     proc.cls = proc.cls if e.cls is None else CLASSES[e.cls]
     if e.deadline_at is not None:

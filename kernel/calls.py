@@ -34,6 +34,9 @@ QUEUE_S = 60.0
 
 LONGEST_S = 30 * 86400.0
 
+# What services ask the kernel, as they call each other.
+USERS_OF = "kernel.users_of"
+
 
 @dataclass(slots=True, eq=False)
 class _Asked:
@@ -112,7 +115,10 @@ class Calls:
     async def call_of_service(
         self, service: str, method: str, args: dict[str, Any], limit_s: float | None, uid: int
     ) -> Any:
-        """A call that a service makes while it serves `uid`, or while it starts."""
+        """A call that a service makes while it serves `uid`, or while it starts: of another one,
+        or of the kernel itself."""
+        if method == USERS_OF:
+            return users_of(self._k, str(args.get("path", "")))
         queue = self._queues[service]
         self._stop_clock(queue)
         try:
@@ -233,6 +239,19 @@ class Calls:
                             " ends it now")  # fmt: skip
         return TimedOut(f"{service}.{asked.name} did not get its turn in {limit_s:g} s: "
                         f"the service was busy with {serving.name}")  # fmt: skip
+
+
+def users_of(kernel: Kernel, path: str) -> list[dict[str, Any]]:
+    """The live processes that were given a file or folder, or something in it, as an argument: an
+    engine and its guests, a training that begins from a model. The oldest first."""
+    inside = path.rstrip("/") + "/"
+    return [
+        {"pid": p.pid, "program": p.program, "user": p.user, "state": str(p.state),
+         "role": str(p.role)}
+        for p in kernel.core.m.procs.values()
+        if p.live and any(isinstance(v, str) and (v + "/").startswith(inside)
+                          for v in p.args.values())
+    ]  # fmt: skip
 
 
 def _limit(method: str, limit_s: float) -> float:

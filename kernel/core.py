@@ -36,6 +36,7 @@ from llmos.kernel.events import (
     GivenUp,
     GuestIdle,
     InputGiven,
+    KeepAsked,
     KillAsked,
     Loaded,
     Measured,
@@ -283,7 +284,7 @@ def _shutdown(m: Machine, _: ShutdownAsked) -> None:
             if worker.moving == "out" and not worker.stop_sent:
                 worker.moving = ""  # to disk instead: its host memory ends with it
             turns.update(m, worker)
-            if m.leases(worker):
+            if m.leases(worker) or not proc.needs_device:
                 turns.send_stop(m, worker)
         else:
             worker.kill_signal, worker.kill_why = 15, "the kernel shut down"
@@ -297,7 +298,7 @@ def _shutdown(m: Machine, _: ShutdownAsked) -> None:
 
 def _end_services_last(m: Machine) -> None:
     """A training that is about to finish may still have to call one."""
-    if any(w.devices for w in m.workers.values()):
+    if any(m.procs[w.pid].role is not Role.SERVICE for w in m.workers.values()):
         return
     for worker in m.workers.values():
         if not worker.kill_signal:
@@ -338,6 +339,7 @@ _HANDLERS: dict[type[Any], Callable[[Machine, Any], None]] = {
     StopAsked: asked.stop_asked,
     CheckpointAsked: asked.checkpoint_asked,
     InputGiven: guests.input_given,
+    KeepAsked: guests.keep_asked,
     ShutdownAsked: _shutdown,
     Clock: _clock,
 }

@@ -237,6 +237,14 @@ class InputGiven:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepAsked:
+    """A person says how long an engine keeps its model when nobody uses it; below 0: for ever."""
+
+    pid: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class StartFailed:
     """The files of a worker could not be made: there never was one."""
 
@@ -281,7 +289,7 @@ Event = (
     | WorkerIdle | GuestIdle | ProcessDone | Checkpointed | WorkerHeld | WorkerGone | Measured
     | Shrunk | MovedOut | MovedIn | MoveFailed | CanCheckpoint | KillAsked | PauseAsked
     | ResumeAsked | ReniceAsked | RestartAsked | StopAsked | CheckpointAsked | InputGiven
-    | ShutdownAsked | StartFailed | GivenUp | DiskTold | Expired | Clock
+    | KeepAsked | ShutdownAsked | StartFailed | GivenUp | DiskTold | Expired | Clock
 )  # fmt: skip
 
 # ---- orders ----

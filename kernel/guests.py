@@ -9,6 +9,7 @@ from llmos.kernel.errors import Busy, IllegalMove
 from llmos.kernel.events import (
     GuestIdle,
     InputGiven,
+    KeepAsked,
 )
 from llmos.kernel.machine import Input, Machine, Worker
 from llmos.kernel.process import Process, Residency, Role, State
@@ -129,16 +130,44 @@ def leave_unread(m: Machine, worker: Worker) -> None:
     worker.unread.clear()
 
 
+def keep_longer(m: Machine, guest: Process) -> None:
+    """A guest may want its model kept for longer than those before it: the longest counts."""
+    engine = m.engine_of(guest)
+    if engine is not None and "keep_alive_s" in guest.args:
+        wanted, now = _keep_s(guest), _keep_s(engine)
+        if now >= 0 and (wanted < 0 or wanted > now):
+            engine.args = {**engine.args, "keep_alive_s": wanted}
+
+
+def keep_asked(m: Machine, e: KeepAsked) -> None:
+    """A person says how long an engine keeps its model, from now on."""
+    engine = m.find(e.pid)
+    engine.args = {**engine.args, "keep_alive_s": e.seconds}
+    m.save(engine)
+    worker = m.worker_of(engine)
+    if worker is not None and worker.idle_since is not None:
+        _keep(m, engine, worker)
+
+
+def _keep_s(proc: Process) -> float:
+    return float(proc.args.get("keep_alive_s", 300.0))
+
+
+def _keep(m: Machine, engine: Process, worker: Worker) -> None:
+    """From now on it counts how long nobody uses it."""
+    worker.idle_since = m.now
+    keep_s = _keep_s(engine)
+    if keep_s >= 0:
+        m.wake_at(m.now + keep_s, pid=engine.pid)
+
+
 def rest_engine(m: Machine, worker: Worker) -> None:
     """An engine without a runnable guest keeps its model for a while, then leaves. With guests that
     rest (a chat between turns, a paused one) it comes back for the next turn."""
     proc = m.procs[worker.pid]
     if proc.state in (State.READY, State.RUNNING, State.PREEMPTED):
         m.move(proc, State.WAITING, "idle: keeps the model loaded", "idle")
-    worker.idle_since = m.now
-    keep = float(proc.args.get("keep_alive_s", 300.0))
-    if keep >= 0:
-        m.wake_at(m.now + keep, pid=proc.pid)
+    _keep(m, proc, worker)
     m.line_dirty = True  # somebody may have waited for just that
 
 

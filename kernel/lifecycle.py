@@ -15,6 +15,7 @@ from llmos.kernel.events import (
     Grant,
     Hold,
     Learned,
+    Load,
     Loaded,
     Misspoke,
     MovedIn,
@@ -35,12 +36,13 @@ from llmos.kernel.events import (
 from llmos.kernel.guests import (
     has_read,
     join_engine,
+    keep_longer,
     leave_unread,
     rest_engine,
     rests,
     unload,
     want,
-)  # fmt: skip
+)
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import Process, Residency, Role, State
 
@@ -66,6 +68,7 @@ def submitted(m: Machine, e: Submitted) -> None:
     if e.process.role is Role.GUEST:
         m.move(e.process, State.WAITING, "submitted", "engine")
         join_engine(m, e.process)
+        keep_longer(m, e.process)
         host = m.engine_of(e.process)
         want(m, host)
         if host is not None and host.state is not State.PLANNING:
@@ -78,7 +81,7 @@ def planned(m: Machine, e: Planned) -> None:
     """The footprint is known. Raises NoMemory, and forgets the process, when it never fits."""
     proc = m.find(e.pid)
     proc.segments = e.segments
-    if proc.role is not Role.SERVICE:
+    if proc.needs_device:
         try:
             admission.refuse_what_never_fits(m, proc)
         except NoMemory:
@@ -126,14 +129,26 @@ def worker_up(m: Machine, e: WorkerUp) -> None:
         return
     if proc.role is Role.SERVICE:
         return  # the supervisor has it load at once: it wants no device
+    if not proc.needs_device:
+        _begin(m, proc, worker)
+        return
     if proc.state is State.STARTING:
         m.move(proc, State.READY, "its worker is up")
     if proc.role is Role.ENGINE:
         for guest in m.guests_of(proc.pid):
             join_engine(m, guest)
-        if not turns.runnable_guests(m, proc.pid):
+        if not turns.runnable_guests(m, proc.pid) and not turns.to_be_loaded(proc, worker):
             rest_engine(m, worker)  # those that it was made for have been killed or paused
     turns.update(m, worker)
+
+
+def _begin(m: Machine, proc: Process, worker: Worker) -> None:
+    """A worker that needs no device waits for no turn."""
+    if proc.state is State.STARTING:
+        m.move(proc, State.RUNNING, "its worker is up; it needs no device")
+    if not worker.load_sent:
+        worker.load_sent = True
+        m.out.append(Load(worker.worker_id, worker.pid))
 
 
 def _was_away(m: Machine, proc: Process, worker: Worker, left_bytes: int) -> None:
@@ -435,7 +450,7 @@ def _killed(m: Machine, proc: Process, worker: Worker) -> None:
     elif why == "restart":
         admission.wait_for_memory(m, to_waiting(m, proc, "restarted by a person"))
     elif proc.role is Role.PROCESS:
-        to_be_continued(m, proc, "ended before it had loaded")
+        to_be_continued(m, proc, "ended before it had loaded" if proc.needs_device else why)
     elif m.shutting_down or not m.guests_of(proc.pid) or not unload(m, proc, why):
         end(m, proc, 0, why)
 

@@ -141,7 +141,7 @@ class Inbox:
             return
         driver = k.driver_of(e.worker_id)
         proc = k.core.m.procs[worker.pid]
-        if proc.role is not Role.SERVICE:
+        if worker.devices:  # one without ends with the kernel: there is nothing to adopt
             k.worker_rows[proc.pid] = {
                 "worker_id": e.worker_id, "devices": list(worker.devices), "os_pid": e.os_pid,
                 "started": driver.started(e.os_pid), "boot": boot_id(),

@@ -55,19 +55,27 @@ def _make_and_start(k: Kernel, o: ev.StartWorker) -> None:
 
 def _load(k: Kernel, o: ev.Load) -> None:
     proc = k.core.m.procs[o.pid]
+    if not proc.needs_device:
+        k.driver_of(o.worker_id).send(o.worker_id, _load_message(k, proc, "", []))
+        return
     info, driver = k.devices[proc.device]
     spanned = [k.devices[name][0] for name in proc.devices]
     # Equal threads on all ranks: the number of threads is part of the arithmetic.
     threads = int(proc.args.get("threads") or 0) or min(d.lanes for d in spanned)
-    driver.send(
-        o.worker_id,
-        {"k": "load", "pid": proc.pid, "program": proc.program, "args": proc.args,
-         "entry": k.schema_of(proc.program)["entry"], "work": str(k.home.work(proc.pid)),
-         "home": str(k.home.path), "device": info.torch_device,
-         "copy": any(s["kind"] == "checkpoint" for s in proc.segments),
-         "threads": threads,
-         "ranks": [{"device": d.torch_device, "threads": threads} for d in spanned]},
-    )  # fmt: skip
+    ranks = [{"device": d.torch_device, "threads": threads} for d in spanned]
+    driver.send(o.worker_id, _load_message(k, proc, info.torch_device, ranks, threads))
+
+
+def _load_message(
+    k: Kernel, proc: Process, device: str, ranks: list[dict[str, Any]], threads: int = 1
+) -> dict[str, Any]:
+    return {
+        "k": "load", "pid": proc.pid, "program": proc.program, "args": proc.args,
+        "entry": k.schema_of(proc.program)["entry"], "work": str(k.home.work(proc.pid)),
+        "home": str(k.home.path), "device": device,
+        "copy": any(s["kind"] == "checkpoint" for s in proc.segments),
+        "threads": threads, "ranks": ranks,
+    }  # fmt: skip
 
 
 def _admit(k: Kernel, o: ev.Admit) -> None:

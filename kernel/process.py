@@ -110,7 +110,7 @@ class Memory:
 
 @dataclass(slots=True)
 class Process:
-    # Set once, at submit; never changed after.
+    # Set once, at submit; never changed after, but for how long an engine keeps its model.
     pid: int
     program: str
     args: dict[str, Any]
@@ -128,7 +128,8 @@ class Process:
     hang_s: float | None = None  # without a sign of life it hangs after so long; 0: never
     has_checkpoint: bool = False
     engine_key: str = ""  # guests and their engine share it
-    gang: int = 1  # how many devices it wants, all or none
+    preload: bool = False  # of an engine: somebody wants it loaded before it has a guest
+    gang: int = 1  # how many devices it wants, all or none; 0: it works without any
     profile_key: str = ""  # what its memory and its speed are remembered by
     declared: bool = False  # its user said what it takes: measured less does not lower it
     may_shrink: bool = False  # its micro-batch may be made smaller when memory is short
@@ -182,6 +183,11 @@ class Process:
     def device(self) -> str:
         """The first of its devices; empty when it has none."""
         return self.devices[0] if self.devices else ""
+
+    @property
+    def needs_device(self) -> bool:
+        """A service needs none, nor does a program that only waits for a network or a disk."""
+        return self.role is not Role.SERVICE and self.gang > 0
 
     @property
     def live(self) -> bool:

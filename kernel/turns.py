@@ -27,6 +27,11 @@ def runnable_guests(m: Machine, engine_pid: int) -> list[Process]:
     return [g for g in m.guests_of(engine_pid) if g.state in RUNNABLE and not quota.is_over(m, g)]
 
 
+def to_be_loaded(engine: Process, worker: Worker) -> bool:
+    """Does somebody want this engine in memory, though nobody uses it yet?"""
+    return engine.preload and not worker.loaded
+
+
 def _rank(m: Machine, worker: Worker) -> tuple[Class, int] | None:
     """The class and nice a worker wants the device with; None when it does not want it."""
     proc = m.procs[worker.pid]
@@ -38,6 +43,8 @@ def _rank(m: Machine, worker: Worker) -> tuple[Class, int] | None:
         return Class.INTERACTIVE, proc.nice  # whoever asked for the stop waits for it
     if proc.role is Role.ENGINE:
         best = min(runnable_guests(m, proc.pid), key=Process.rank, default=None)
+        if best is None and to_be_loaded(proc, worker):
+            return proc.cls, proc.nice
         return (best.cls, best.nice) if best else None
     runnable = proc.state in RUNNABLE and not quota.is_over(m, proc)
     return (proc.cls, proc.nice) if runnable else None
@@ -309,7 +316,7 @@ def forward(m: Machine, worker: Worker, pid: int, given: Input) -> None:
 def _note_preemption(m: Machine, worker: Worker, by: Worker) -> None:
     urgent: Process = m.procs[by.pid]
     if urgent.role is Role.ENGINE:
-        urgent = min(runnable_guests(m, by.pid), key=Process.rank)
+        urgent = min(runnable_guests(m, by.pid), key=Process.rank, default=urgent)
     for proc in _occupants(m, worker):
         proc.preemptions += 1
         m.record("preempted", proc.pid, f"{urgent.cls.word} process {urgent.pid}", urgent.pid)

@@ -1,4 +1,4 @@
-"""Sizes and intervals as people write them. Knows nothing else, so that every room may use it."""
+"""Sizes, times and intervals as people write them. Knows nothing else: every room may use it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ def parse_bytes(text: str) -> int:
         raise BadArgument(f"{text!r} is not a size", "write it as 8GiB or 500MB")
     base = 1000 if match[4] and not match[3] else 1024
     return int(float(match[1]) * base ** _POWERS[match[2] or ""])
+
+
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_PART_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+FOR_EVER = -1.0
+
+
+def parse_duration(value: str | float) -> float:
+    """`5m`, `1h30m`, `1.5s`, `300ms`, `2d`, `300` (seconds), `0` -> seconds; whatever is negative
+    is FOR_EVER.
+
+    Raises BadArgument.
+    """
+    text = str(value).strip().lower()
+    bare = text.removeprefix("-")
+    if re.fullmatch(r"\d+(?:\.\d+)?", bare):
+        seconds = float(bare)
+    elif re.fullmatch(f"(?:{_PART.pattern})+", bare):
+        seconds = sum(float(number) * _PART_S[unit] for number, unit in _PART.findall(bare))
+    else:
+        raise BadArgument(f"{text!r} is no time", "write it as 30s, 5m, 1h30m or 2d")
+    return FOR_EVER if text.startswith("-") and seconds else seconds
 
 
 _EVERY = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")

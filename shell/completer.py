@@ -114,7 +114,7 @@ class ShellCompleter(Completer):
         yield from self._paths.get_completions(Document(word), event)
 
     def _commands(self, known: Known) -> dict[str, str]:
-        ours = {name: commands.load(name).summary for name in commands.NAMES}
+        ours = {name: commands.named(name).summary for name in commands.NAMES}
         programs = (known.manifest or {"programs": {}})["programs"]
         theirs = {
             name: s["summary"]
@@ -137,9 +137,9 @@ class ShellCompleter(Completer):
         if name == "call" and rest and "." in rest[0]:
             return _call(manifest, rest)
         if name == "fg":
-            return commands.load("attach"), rest
+            return commands.named("attach"), rest
         if name in commands.NAMES:
-            command = commands.load(name)
+            command = commands.named(name)
             verb = command.program and command.program in manifest["programs"]
             return (unify(command, manifest) if verb else command), rest
         return program_of(name, manifest), rest
@@ -151,7 +151,7 @@ def _call(manifest: dict[str, Any], words: list[str]) -> tuple[Command | None, l
     service, _, name = method.partition(".")
     described = manifest.get("services", {}).get(service, {}).get("calls", {}).get(name)
     if described is None:
-        return commands.load("call"), words
+        return commands.named("call"), words
     return command_of(method, described), rest
 
 

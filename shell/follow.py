@@ -17,7 +17,7 @@ from llmos.kernel.errors import LlmosError, NoKernel, TimedOut, from_wire
 from llmos.shell.client import Client, Record, Stream
 from llmos.shell.context import Context
 from llmos.shell.processes import reason
-from llmos.shell.render import duration
+from llmos.shell.render import count, duration, size
 from llmos.shell.view import View
 
 # A silence this long makes one ask what the process waits for.
@@ -45,7 +45,10 @@ def follow(
 
     `skip_old`: what is in the stream already counts, but is not shown (`attach`).
     """
-    view = View(ctx, f"{schema['name']} {pid}", stats=stats, quiet=bool(schema.get("foreign")))
+    view = View(
+        ctx, f"{schema['name']} {pid}", stats=stats, quiet=bool(schema.get("foreign")),
+        unit=schema.get("progress_unit", "step"),
+    )  # fmt: skip
     view.offset = offset
     try:
         with view, _ctrl_z(ctx):
@@ -182,10 +185,12 @@ def _print_result(
     took = f" in {duration(view.elapsed_s)}" if view.elapsed_s else ""
     ctx.say(f"{schema['name']} {pid} is done{took}")
     width = max((len(key) for key in result), default=0)
-    ctx.lines(f"{key.ljust(width)}  {_plain(value)}" for key, value in result.items())
+    ctx.lines(f"{key.ljust(width)}  {_plain(key, value)}" for key, value in result.items())
 
 
-def _plain(value: Any) -> str:
+def _plain(key: str, value: Any) -> str:
+    if key in ("bytes", "parameters") and isinstance(value, int):
+        return size(value) if key == "bytes" else count(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -77,7 +77,8 @@ def dispatch(argv: list[str], ctx: Context) -> int:
         from llmos.shell.repl import start
 
         return start(ctx)
-    name, rest = argv[0], argv[1:]
+    words = [*commands.ALIASES.get(argv[0], (argv[0],)), *argv[1:]]
+    name, rest = words[0], words[1:]
     if name in HELP_FLAGS:
         name = "help"
     if name in ("--version", "-V"):
@@ -112,7 +113,7 @@ def wants_help(command: Command, argv: list[str]) -> bool:
 
 def find(ctx: Context, name: str) -> Command:
     """The command of that name: a built-in one, or a program. Raises Usage, NoKernel."""
-    command = commands.load(name) if name in commands.NAMES else None
+    command = commands.named(name) if name in commands.NAMES else None
     if command is not None and not command.program:
         return command
     from llmos.shell.commands.program import program_command, verb_of_program

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmos.kernel.errors import BadArgument
+from llmos.kernel.units import parse_duration
 from llmos.shell.resolve import nearest_hint
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 
 _NUMBER = re.compile(r"-\d+(\.\d+)?([eE][-+]?\d+)?$")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?$")
-_UNIT_S = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Usage(Exception):
@@ -63,7 +63,9 @@ class Option:
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        # What is written as 5m has its unit with it.
+        name = self.name.removesuffix("_s") if self.type == "duration" else self.name
+        return "--" + name.replace("_", "-")
 
     @property
     def shown(self) -> str:
@@ -120,7 +122,7 @@ def _from_field(f: dict[str, Any]) -> Option:
     return Option(
         name=f["name"],
         help=f["help"],
-        type=kind,
+        type="duration" if f.get("duration") else kind,
         positional=bool(f.get("positional")),
         required=bool(f["required"]),
         many=kind == "list" and bool(f.get("positional")) and not f.get("command"),
@@ -148,7 +150,9 @@ class _Parser:
     def __init__(self, options: Sequence[Option]) -> None:
         self.values: Values = {}
         self._positionals = [o for o in options if o.positional]
-        self._flags = {o.flag: o for o in options if not o.positional}
+        flags = [o for o in options if not o.positional]
+        self._flags = {"--" + o.name.replace("_", "-"): o for o in flags}
+        self._flags |= {o.flag: o for o in flags}
         self._shorts = {o.short: o for o in options if o.short}
 
     def read(self, argv: list[str]) -> None:
@@ -286,13 +290,15 @@ def _number(option: Option, word: str) -> float:
 
 def _duration(option: Option, word: str) -> float:
     seconds = duration_s(word)
-    if seconds is None:
+    if seconds is None or (seconds < 0 and option.minimum is None):
         raise Usage(f"{option.label} takes a time such as 30s, 5m or 2h, not {word!r}")
     _check_limits(option, word, seconds)
     return seconds
 
 
 def duration_s(word: str) -> float | None:
-    """Seconds of "5m", "3h", "1.5s" or "20"; None when it is not a time."""
-    found = _DURATION.match(word)
-    return float(found[1]) * _UNIT_S[found[2] or ""] if found else None
+    """Seconds of "5m", "1h30m", "1.5s" or "20"; None when it is not a time."""
+    try:
+        return parse_duration(word)
+    except BadArgument:
+        return None

@@ -25,10 +25,11 @@ def environment(schema: Schema) -> dict[str, str]:
 
     Raises BadArgument for one that is not UTF-8, as the protocol has it.
     """
+    prefixes = (*_ENV_PREFIXES, *schema.get("environment", ()))
     found = {
         name: value
         for name, value in os.environ.items()
-        if schema.get("foreign") or name.startswith(_ENV_PREFIXES) or name.upper() in _ENV_NAMES
+        if schema.get("foreign") or name.startswith(prefixes) or name.upper() in _ENV_NAMES
     }
     for name, value in found.items():
         _check_utf8(f"the environment variable {name!r}", name + value, "unset it (`env -u`)")
@@ -77,6 +78,8 @@ def program_args(schema: Schema, args: dict[str, Any], cwd: str) -> dict[str, An
 def _absolute(field: dict[str, Any], value: Any, cwd: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if field.get("local") and isinstance(value, str):
+        return os.path.abspath(Path(cwd, os.path.expanduser(value))) if is_path(value) else value
     if not (field.get("path") or field.get("model")):
         return value
     if isinstance(value, list | tuple):
@@ -90,9 +93,15 @@ def local_path(name: str, cwd: str) -> str:
     A model is named by registry name, local path or hub name: only what exists here, or is
     written as a path ("./x", "~/x"), is taken for a path.
     """
-    looks = name in (".", "..", "~") or name.startswith(("./", "../", "~/", "/"))
+    looks = is_path(name)
     here = Path(cwd, os.path.expanduser(name))
     return os.path.abspath(here) if looks or (name and os.path.exists(here)) else name
+
+
+def is_path(name: str) -> bool:
+    """Is it written as one? A bare name may be that of something else."""
+    begins = name in (".", "..", "~") or name.startswith(("./", "../", "~/", "/"))
+    return begins or name.lower().endswith((".gguf", ".whl"))
 
 
 def pid_of(processes: list[Record], word: str) -> int:

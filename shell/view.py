@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from llmos.shell.client import Record
 from llmos.shell.context import Context, encodable
-from llmos.shell.render import clean, clean_text, count, duration, number
+from llmos.shell.render import clean, clean_text, count, duration, number, size
 
 LINE_EVERY_S = 5.0  # where there is no bar: often enough to see that it lives
 _RATE_STEPS = 50  # the rate that the ETA is made from is an average over so many reports
@@ -35,8 +35,15 @@ class View:
     """Shows records one after the other; a context manager that leaves the terminal clean."""
 
     def __init__(
-        self, ctx: Context, label: str, *, stats: bool = False, quiet: bool = False
+        self,
+        ctx: Context,
+        label: str,
+        *,
+        stats: bool = False,
+        quiet: bool = False,
+        unit: str = "step",
     ) -> None:
+        self._in_bytes = unit == "byte"
         self.made_text = False
         self.offset = 0  # in the stream, after the last record that was shown
         self._quiet = quiet  # the process is a command that shows its own progress
@@ -136,7 +143,9 @@ class View:
         if self._ctx.stderr_is_terminal:
             if self._bar is None:
                 self._bar = Bar(self._label)
-            self._bar.update(int(record["step"]), record.get("total"), self._details(record))
+            self._bar.update(
+                int(record["step"]), record.get("total"), self._steps(record), self._details(record)
+            )
             return
         self._shown_last = record["at"] - self._last_line_at >= LINE_EVERY_S
         if self._shown_last:
@@ -147,19 +156,32 @@ class View:
         self._last = record
         self._began_at = record["at"] if self._began_at is None else self._began_at
         self.elapsed_s = record["at"] - self._began_at
+        if self._pace and self._pace[-1][1] > record["step"]:
+            self._pace.clear()  # the next part of the work
         self._pace.append((record["at"], int(record["step"])))
 
     def _line(self, record: Record) -> str:
+        step = "" if self._in_bytes else "step "
+        return f"{self._label}: {step}{self._steps(record)}  {self._details(record)}".rstrip()
+
+    def _steps(self, record: Record) -> str:
+        """How far it is: "12/300", or "31 MB/93 MB"."""
+        show = size if self._in_bytes else str
         total = record.get("total")
-        steps = f"{record['step']}/{total}" if total else str(record["step"])
-        return f"{self._label}: step {steps}  {self._details(record)}".rstrip()
+        return f"{show(record['step'])}/{show(total)}" if total else show(record["step"])
 
     def _details(self, record: Record) -> str:
         parts = [metrics_line(record.get("metrics", {}))]
+        if self._in_bytes:
+            parts.append(self._speed())
         left = self._left_s(record)
         if left is not None:
             parts.append(f"eta {duration(left)}")
         return "  ".join(part for part in parts if part)
+
+    def _speed(self) -> str:
+        (at, done), (now, here) = self._pace[0], self._pace[-1]
+        return f"{size(round((here - done) / (now - at)))}/s" if now > at else ""
 
     def _left_s(self, record: Record) -> float | None:
         """Seconds to the end at the recent pace, preemptions included."""
@@ -202,8 +224,7 @@ class Bar:
         self._task = self._progress.add_task(label, total=None, steps="", details="")
         self._progress.start()
 
-    def update(self, step: int, total: int | None, details: str) -> None:
-        steps = f"{step}/{total}" if total else str(step)
+    def update(self, step: int, total: int | None, steps: str, details: str) -> None:
         self._progress.update(self._task, completed=step, total=total, steps=steps, details=details)
 
     def print(self, text: str) -> None:

@@ -72,7 +72,7 @@ def all_commands() -> dict[str, Command]:
     made = own_manifest()
     found: dict[str, Command] = {}
     for name in commands.NAMES:
-        command = commands.load(name)
+        command = commands.named(name)
         found[name] = program.unify(command, made) if command.program else command
     for name in made["programs"]:
         command_of = program.program_of(name, made)

@@ -1,7 +1,8 @@
-"""The host driver: services, each in a plain interpreter of its own on the machine itself.
+"""The host driver: services, and programs that need no device, each in a plain interpreter of its
+own on the machine itself.
 
-It has no device: a service gets no lease and is never held. A service's OS process lives
-exactly as long as its connection to the kernel, and what it has started ends with it.
+It has no device: nobody here gets a lease or is ever held. Such an OS process lives no longer than
+the kernel that started it, and what it has started ends with it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -31,7 +33,8 @@ from llmos.drivers.base import (
 )
 from llmos.drivers.cpu import procfs, tree
 from llmos.drivers.cpu.walls import SLACK_BYTES, Wall
-from llmos.drivers.link import WorkerLink
+from llmos.drivers.link import WorkerLink, dial
+from llmos.kernel.wire import pack
 
 # Who is asked to end, or has lost its connection, and is there after this, is killed.
 END_S = 5.0
@@ -45,13 +48,14 @@ class HostDriver:
         self._links: dict[str, WorkerLink] = {}
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._since: dict[str, float] = {}  # worker -> when it was started, monotonic
+        self._programs: set[str] = set()  # workers that are no services
         self._tasks: set[asyncio.Task[None]] = set()
 
     def devices(self) -> Sequence[DeviceInfo]:
         return []
 
     async def open(self, tell: Tell, home: Path, home_id: str) -> None:
-        self._tell, self._home = tell, home
+        self._tell, self._home, self._home_id = tell, home, home_id
 
     async def close(self) -> None:
         for worker_id in list(self._processes):
@@ -64,7 +68,8 @@ class HostDriver:
         self._tell(PlanMade(ticket, []))
 
     def start(self, spec: WorkerSpec) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(spec))
+        run = self._run(spec) if spec.service else self._run_program(spec)
+        task = asyncio.get_running_loop().create_task(run)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -79,7 +84,7 @@ class HostDriver:
             self._links[worker_id].send(message)
 
     def grant(self, worker_id: str, floor: int) -> None:
-        """A service needs no device."""
+        """Nobody here needs a device."""
 
     def hold(self, worker_id: str) -> None:
         self._tell(WorkerHeld(worker_id))
@@ -126,7 +131,8 @@ class HostDriver:
         return MemorySample(0, 0, 0, 0, mine)
 
     def statistics(self) -> dict[str, Any]:
-        return {"services": len(self._processes), "os_pids": self.os_pids()}
+        services = len(self._processes) - len(self._programs)
+        return {"services": services, "os_pids": self.os_pids()}
 
     def os_pids(self) -> list[int]:
         return [p.pid for p in self._processes.values() if p.returncode is None]
@@ -150,20 +156,59 @@ class HostDriver:
                 return
             finally:
                 theirs.close()
-        self._processes[spec.worker_id] = process
-        self._since[spec.worker_id] = time.monotonic()
-        link = WorkerLink(
-            {}, lambda m: self._said(spec.worker_id, m), lambda: self._lost(spec.worker_id)
-        )
-        self._links[spec.worker_id] = link
+        link = self._watch(spec.worker_id, process, {})
         await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
+        await self._bury(spec.worker_id, process)
+
+    async def _run_program(self, spec: WorkerSpec) -> None:
+        """As `_run`, for the worker of a program: it listens, as all workers do. The order goes
+        through a pipe, for nobody else to read."""
+        secret = secrets.token_hex(16)
+        order = {
+            "worker_id": spec.worker_id, "folder": str(spec.folder), "log": str(spec.log),
+            "home": str(spec.home), "cwd": spec.cwd, "env": dict(spec.env), "secret": secret,
+            "user": None if spec.user is None else dict(spec.user), "owner": os.getuid(),
+        }  # fmt: skip
+        try:
+            with listen(spec) as listener:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-P", "-m", "llmos.drivers.worker.alone",
+                    str(listener.fileno()), pass_fds=(listener.fileno(),),
+                    stdin=subprocess.PIPE, cwd="/", start_new_session=True,
+                )  # fmt: skip
+        except OSError as exc:
+            with open_log(spec.log) as log:
+                log.write(f"{exc}\n".encode())
+            self._tell(WorkerEnded(spec.worker_id, 71))
+            return
+        self._programs.add(spec.worker_id)
+        hello = {"proto": 1, "secret": secret, "home_id": self._home_id}
+        link = self._watch(spec.worker_id, process, hello)
+        assert process.stdin is not None
+        process.stdin.write(pack(order))
+        process.stdin.close()
+        if await dial(str(spec.folder / "sock"), lambda: link) is None:
+            self.signal(spec.worker_id, SIGKILL)
+        await self._bury(spec.worker_id, process)
+
+    def _watch(
+        self, worker_id: str, process: asyncio.subprocess.Process, hello: dict[str, Any]
+    ) -> WorkerLink:
+        self._processes[worker_id] = process
+        self._since[worker_id] = time.monotonic()
+        link = WorkerLink(hello, lambda m: self._said(worker_id, m), lambda: self._lost(worker_id))
+        self._links[worker_id] = link
+        return link
+
+    async def _bury(self, worker_id: str, process: asyncio.subprocess.Process) -> None:
+        """Wait for its end, and tell of it."""
         code = await process.wait()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, SIGKILL)  # those that it leaves behind
-        del self._links[spec.worker_id], self._processes[spec.worker_id]
-        del self._since[spec.worker_id]
-        link.close()
-        self._tell(WorkerEnded(spec.worker_id, code if code >= 0 else 128 - code))
+        self._links.pop(worker_id).close()
+        del self._processes[worker_id], self._since[worker_id]
+        self._programs.discard(worker_id)
+        self._tell(WorkerEnded(worker_id, code if code >= 0 else 128 - code))
 
     def _lost(self, worker_id: str) -> None:
         """Its end of the line is closed, or of no more use. It is about to end, or has to."""
@@ -184,8 +229,28 @@ class HostDriver:
             return
         if message["k"] == "hello":
             self._tell(WorkerCame(worker_id, process.pid, message))
-        else:
-            self._tell(WorkerSaid(worker_id, message))
+            return
+        self._tell(WorkerSaid(worker_id, message))
+        if "seq" in message and message["k"] != "call":  # a call is kept until its answer
+            self.send(worker_id, {"k": "ack", "seq": message["seq"]})
+
+
+def listen(spec: WorkerSpec) -> socket.socket:
+    """The socket of a worker, bound before it is there. Raises OSError."""
+    spec.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if spec.user is not None:
+        spec.folder.chmod(0o711)
+    address = spec.folder / "sock"
+    address.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(address))
+        address.chmod(0o600)
+        listener.listen(4)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def open_log(path: Path) -> BinaryIO:

@@ -229,7 +229,8 @@ class Worker:
             self.prepare_cuda()
         for early in [m for m in self.later if m["k"] == "limit"]:
             self.take(early)  # before anything is allocated
-        make_ready(self.device, self.threads)
+        if self.device:
+            make_ready(self.device, self.threads)
         if self.ranks > 1:
             self.team.tell(m)
             join(self.folder, 0, self.ranks, self.device)

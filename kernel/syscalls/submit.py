@@ -55,6 +55,8 @@ async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -
         return await _dry_run(kernel, schema, proc, request.any_size)
     if proc.role is Role.GUEST:
         await _submit_guest(kernel, schema, proc, client)
+    elif proc.role is Role.ENGINE and proc.engine_key in kernel.core.m.engines:
+        return await _keep_engine(kernel, proc)
     else:
         _enter(kernel, proc, client)
         await _plan(kernel, schema, proc)
@@ -65,6 +67,17 @@ async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -
             kernel.spawn(_withdraw(kernel, proc.pid))
             raise
     return {"pid": proc.pid}
+
+
+async def _keep_engine(kernel: Kernel, asked: Process) -> dict[str, Any]:
+    """It is there, or being made: no second one, but it stays for as long as is asked for now."""
+    pid = kernel.core.m.engines[asked.engine_key]
+    kernel.post(ev.KeepAsked(pid, float(asked.args.get("keep_alive_s", 300.0))))
+    planning = kernel.planning.get(pid)
+    if planning is not None:
+        await asyncio.shield(planning)
+    await kernel.journal.flushed()
+    return {"pid": pid}
 
 
 async def _withdraw(kernel: Kernel, pid: int) -> None:
@@ -178,6 +191,11 @@ def _process(
     if cls not in CLASSES:
         raise BadArgument(f"class is one of {', '.join(CLASSES)}, not {cls!r}")
     restarts.parse(request.restart)
+    if not schema.get("needs_device", True) and (request.device or request.deadline_s):
+        raise BadArgument(
+            f"{schema['name']} needs no device: it waits for none and has no deadline on one",
+            "leave --device and --deadline out",
+        )
     hang_s = request.hang_s
     if hang_s is not None and not 0 <= hang_s <= MOST_HANG_S:
         raise BadArgument(f"hang_s is 0 to {MOST_HANG_S:.0f} seconds, not {hang_s!r}")
@@ -191,23 +209,33 @@ def _process(
         )
     if len(request.name) > MAX_NAME:
         raise BadArgument(f"a name has at most {MAX_NAME} characters")
+    hosted = _guests_of(kernel, request.program)
+    role = Role.ENGINE if hosted else Role.GUEST if schema["engine"] else Role.PROCESS
     return Process(
         pid=kernel.take_pid(), program=request.program, args=args, user=user_name(uid), uid=uid,
         submitted_at=kernel.now(), name=request.name or _name(schema, {**args, **request.args}),
-        role=Role.GUEST if schema["engine"] else Role.PROCESS, device_wanted=request.device,
+        role=role, preload=role is Role.ENGINE, device_wanted=request.device,
         cwd=request.cwd, env=request.env, attached=request.attached, restart=request.restart,
         has_checkpoint=schema["has_checkpoint"], cls=CLASSES[cls], nice=request.nice,
-        engine_key=_engine_key(schema, args, request.device, uid),
-        gang=_gang(kernel, args, request),
+        engine_key=_engine_key(hosted or schema, args, request.device, uid),
+        gang=_gang(kernel, schema, args, request),
         may_shrink=bool(args.get("may_shrink")), lanes=int(args.get("threads") or 0),
         declared=bool(schema.get("foreign") and args.get("memory")),
         deadline_at=deadline_at(kernel, request.deadline_s) or None, hang_s=hang_s,
     )  # fmt: skip
 
 
-def _gang(kernel: Kernel, args: dict[str, Any], request: protocol.Submit) -> int:
+def _guests_of(kernel: Kernel, program: str) -> dict[str, Any] | None:
+    """The schema of a program that is hosted by this one; None when it is no engine."""
+    programs = kernel.manifest["programs"].values()
+    return next((s for s in programs if s["engine"] == program), None)
+
+
+def _gang(
+    kernel: Kernel, schema: dict[str, Any], args: dict[str, Any], request: protocol.Submit
+) -> int:
     """How many devices a process wants. Raises BadArgument when there are not so many."""
-    count = int(args.get("devices") or 1)
+    count = int(args.get("devices") or 1) if schema.get("needs_device", True) else 0
     if count > 1 and request.device:
         raise BadArgument(
             f"--devices {count} and --device {request.device} cannot be together",
@@ -255,7 +283,7 @@ def _check_room(kernel: Kernel, client: Connection) -> None:
 
 def _name(schema: dict[str, Any], args: dict[str, Any]) -> str:
     """What `ps` shows when the user gave no name: the command, output, model or data."""
-    for key in ("command", "output", "model", "path"):
+    for key in ("command", "output", "model", "local", "path"):
         for f in schema["args"]:
             value = args.get(f["name"])
             if not f.get(key) or not value:

@@ -21,16 +21,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmos.kernel.errors import BadArgument, BadInput, NoSuchThing
+from llmos.kernel.errors import BadArgument, BadInput, Busy, NoSuchThing
 from llmos.services.base import Service, call
 
 SIDECAR = "llmos.json"
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 PARTIAL, REPLACED = ".partial-", ".replaced-"
+PULLED = ".pull-"  # what a pull has fetched so far (services/pull/staging.py)
 
 # Workers outlive the kernel and this service: one may be writing its model while the service
 # starts again. Only what nobody has touched for this long is the rest of a crash.
 ABANDONED_AFTER_S = 600.0
+
+# A pull that was interrupted may be taken up again for so long.
+PULLS_KEPT_S = 14 * 86_400.0
 
 # A safetensors header is refused above this size by the format's own library.
 MAX_HEADER_BYTES = 100_000_000
@@ -58,7 +62,8 @@ class ModelRegistry(Service):
         super().__init__(home)
         self.folder = home / "models"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._clean_up(time.time() - ABANDONED_AFTER_S)
+        now = time.time()
+        self._clean_up(now - ABANDONED_AFTER_S, now - PULLS_KEPT_S)
 
     @call
     def ls(self) -> list[dict[str, Any]]:
@@ -129,15 +134,29 @@ class ModelRegistry(Service):
 
     @call
     def rm(self, name: str) -> dict[str, Any]:
-        """Delete a model and its files."""
+        """Delete a model and its files. Raises Busy while a process uses it."""
         folder = self._find(name)
-        freed_bytes = _entry(folder)["bytes"]
+        self._check_unused(name, folder)
+        freed_bytes = sum(s.st_size for s in _stats(folder) if s.st_nlink == 1)
         # Out of the listing at once; what is left of a crash here is cleaned at the next start.
         aside = self.folder / f"{PARTIAL}removed-{name}"
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         shutil.rmtree(aside)
         return {"name": name, "freed_bytes": freed_bytes}
+
+    def _check_unused(self, name: str, folder: Path) -> None:
+        users = self.call("kernel.users_of", path=str(folder))
+        if not users:
+            return
+        # An engine that nobody uses any more is loaded still; else its guests are who to name.
+        guests = [u for u in users if u["role"] != "engine"]
+        first = (guests or users)[0]
+        more = f" and {len(guests) - 1} more" if len(guests) > 1 else ""
+        end = f"kill {first['pid']}" if guests else f"unload {name}"
+        what = first["program"] if guests else "engine, loaded"
+        raise Busy(f"model {name!r} is in use by process {first['pid']} ({what}){more}",
+                   f"`llmos {end}` ends it")  # fmt: skip
 
     def _find(self, name: str) -> Path:
         folder = self.folder / _valid_name(name)
@@ -170,7 +189,7 @@ class ModelRegistry(Service):
         _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _clean_up(self, before: float) -> None:
+    def _clean_up(self, before: float, kept_since: float) -> None:
         """Undo or finish what a crash left: a replaced model comes back if its heir is missing."""
         for path in self.folder.glob(f"{REPLACED}*"):
             target = self.folder / path.name.removeprefix(REPLACED)
@@ -178,6 +197,9 @@ class ModelRegistry(Service):
                 shutil.rmtree(path)
             else:
                 path.rename(target)
+        for path in self.folder.glob(f"{PULLED}*"):
+            if path.is_dir() and not path.is_symlink() and _last_change(path) < kept_since:
+                shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(f"{PARTIAL}*"):
             if path.is_symlink():
                 path.unlink()  # nobody who makes a model leaves one: rmtree must not be sent away
@@ -214,8 +236,9 @@ def _entry(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.name,
         "kind": sidecar.get("kind") or _guess_kind(folder, architectures),
-        "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        "bytes": sum(s.st_size for s in _stats(folder)),
         "source": _source(made_by),
+        "license": str(made_by.get("license", "")),
         "created_at": sidecar.get("created_at") or folder.stat().st_mtime,
         "shared": bool(folder.stat().st_mode & stat.S_IRGRP),
         "folder": str(folder),
@@ -230,9 +253,15 @@ def _called(folder: Path, base: str) -> str:
     return Path(base).name if Path(base).parent == folder.parent else base
 
 
+def _stats(folder: Path) -> list[os.stat_result]:
+    return [p.stat() for p in folder.rglob("*") if p.is_file()]
+
+
 def _source(made_by: dict[str, Any]) -> str:
     if not made_by:
         return "local folder"
+    if made_by.get("source"):  # pulled
+        return str(made_by["source"])
     pid = made_by.get("pid")
     program = str(made_by.get("program", "unknown program"))
     return program if pid is None else f"{program} (pid {pid})"

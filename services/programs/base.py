@@ -53,11 +53,13 @@ def arg(
     choices: tuple[str, ...] = (),
     positional: bool = False,
     path: bool = False,
+    local: bool = False,
     model: bool = False,
     output: bool = False,
     command: bool = False,
     env: str = "",
     interval: bool = False,
+    duration: bool = False,
     plan_without: bool = False,
     shape: bool = True,
     plugin: str = "",
@@ -67,12 +69,14 @@ def arg(
     """A field of an argument schema.
 
     Without a default the argument is required. `path`: a file or folder, made absolute by
-    the client. `model`: a registry name, a local path or a hub name; the
-    kernel puts the folder in its place. `output`: the name of a model that the run makes; the
-    kernel refuses one that exists unless the argument `overwrite` is set. `plan_without`: a plan
-    can be made without it; it is an empty text then. `positional`: given without a flag on the
-    command line. `command`: the words of somebody's command line, taken as they are to the end.
-    `interval`: so many steps, or so much time (kernel/units.py).
+    the client; `local`: a name, or a path that is written as one (./x, ~/x, x.gguf). `model`: a
+    registry name, a local path or a hub name; the kernel puts the folder in its place. `output`:
+    the name of a model that the run makes; the kernel refuses one that exists unless the argument
+    `overwrite` is set. `plan_without`: a plan can be made without it; it is an empty text then.
+    `positional`: given without a flag on the command line. `command`: the words of somebody's
+    command line, taken as they are to the end.
+    `interval`: so many steps, or so much time (kernel/units.py). `duration`: a float of seconds
+    that people write as 5m, 0 or -1 (for ever); its flag goes without the `_s` of its name.
     `env`: when it is not given, this variable of the submitter's environment is. `shape`: it may
     change how much memory a process takes, or what its plan refuses; a known profile is then one
     of the same value. `plugin`: a name of what is installed
@@ -84,11 +88,13 @@ def arg(
         "choices": choices,
         "positional": positional,
         "path": path,
+        "local": local,
         "model": model,
         "output": output,
         "command": command,
         "env": env,
         "interval": interval,
+        "duration": duration,
         "plan_without": plan_without,
         "shape": shape,
         "plugin": plugin,
@@ -324,6 +330,16 @@ class Program:
     # whoever submits it; attached, it looks like the command; nothing is known of it but what it
     # says by itself (services/steps.py), and its memory is declared.
     foreign: ClassVar[bool] = False
+    # False: it waits for a network or a disk and computes next to nothing. It gets an OS process of
+    # its own at once, beside whoever has a device: it stands in no line, is never held, and nobody
+    # is charged. `ctx.device` is empty, and torch is not made ready for it. When the kernel dies it
+    # ends, too, and is started again by the next one.
+    needs_device: ClassVar[bool] = True
+    # Variables of the submitter's environment that it is given beside those that all programs are,
+    # by the beginning of their names.
+    environment: ClassVar[tuple[str, ...]] = ()
+    # What its progress is counted in: "step", or "byte".
+    progress_unit: ClassVar[str] = "step"
 
     @dataclass(frozen=True)
     class Args:
@@ -426,6 +442,9 @@ def describe(cls: type[Program]) -> dict[str, Any]:
         "engine_args": list(cls.engine_args),
         "on_interrupt": cls.on_interrupt,
         "foreign": cls.foreign,
+        "needs_device": cls.needs_device,
+        "environment": list(cls.environment),
+        "progress_unit": cls.progress_unit,
         "has_checkpoint": cls.has_checkpoint,
         "args": [_describe_field(f, hints[f.name]) for f in fields(cls.Args)],
     }

@@ -17,17 +17,23 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ps", "attach", "logs", "wait", "explain", "kill", "pause", "resume", "checkpoint",
         "nice", "renice",
     ),
-    "Models and services": ("models", "service", "call"),
+    "Models and services": ("pull", "models", "load", "unload", "service", "call"),
     "Help": ("help", "version"),
 }  # fmt: skip
 
 NAMES: tuple[str, ...] = tuple(name for names in GROUPS.values() for name in names)
 
+# What other systems call it, and fingers know.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "list": ("models",), "ls": ("models",), "show": ("models", "show"), "rm": ("models", "rm"),
+    "stop": ("unload",),
+}  # fmt: skip
+
 # Programs that have a verb of their own, by the program's name.
-PROGRAM_VERBS = {"infer": "run", "chat": "chat"}
+PROGRAM_VERBS = {"infer": "run", "chat": "chat", "pull": "pull"}
 
 
-def load(name: str) -> Command:
+def named(name: str) -> Command:
     """The command of a name in `NAMES`; only its own module is imported."""
     module = importlib.import_module(f"llmos.shell.commands.{name}")
     command: Command = module.COMMAND

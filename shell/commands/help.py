@@ -55,7 +55,7 @@ def left_out(manifest: dict[str, Any] | None) -> list[tuple[str, str]]:
 def overview(manifest: dict[str, object] | None) -> list[tuple[str, list[tuple[str, str]]]]:
     """Headings with names and summaries: ours, then the programs of the manifest."""
     ours = {
-        heading: [(name, commands.load(name).summary) for name in names]
+        heading: [(name, commands.named(name).summary) for name in names]
         for heading, names in commands.GROUPS.items()
     }
     programs = [(heading, rows) for heading, rows in listing(manifest) if heading not in ours]

@@ -11,7 +11,8 @@ from llmos.shell.render import Column, ago, count, size, table
 
 _COLUMNS = (
     Column("NAME", shrink=8), Column("KIND"), Column("SIZE", right=True),
-    Column("PARAMS", right=True), Column("FROM", shrink=8), Column("WHEN", right=True),
+    Column("PARAMS", right=True), Column("FROM", shrink=8), Column("LICENSE", shrink=6),
+    Column("WHEN", right=True),
 )  # fmt: skip
 
 
@@ -47,8 +48,8 @@ def _ls(ctx: Context, as_json: bool) -> int:
     now = time.time()
     ctx.lines(table(_COLUMNS, [_row(m, now) for m in models], ctx.width))
     if not models:
-        ctx.say("no models yet: `llmos pretrain --help` shows how to make one; "
-                "`run` and `chat` also take a folder")  # fmt: skip
+        ctx.say("no models yet: `llmos pull smollm2` brings one, `llmos pretrain --help` shows how "
+                "to make one; `run` and `chat` also take a folder")  # fmt: skip
     return 0
 
 
@@ -60,14 +61,18 @@ def _row(m: Record, now: float) -> tuple[str, ...]:
         size(m["bytes"]),
         count(parameters) if parameters else "-",
         m["source"] or "-",
+        m.get("license") or "-",
         ago(m["created_at"], now),
     )
 
 
 def _details(m: Record) -> list[str]:
     plain = {k: v for k, v in m.items() if k not in ("files", "config", "made_by")}
-    lines = [f"{key:<14} {value}" for key, value in plain.items()]
-    lines += [f"made_by.{key:<6} {value}" for key, value in (m.get("made_by") or {}).items()]
+    at = time.strftime("%Y-%m-%d %H:%M", time.localtime(plain["created_at"]))
+    plain |= {"bytes": f"{plain['bytes']:,}", "created_at": at}
+    lines = [f"{key:<14} {'-' if value in ('', None) else value}" for key, value in plain.items()]
+    made_by = {f"made_by.{key}": value for key, value in (m.get("made_by") or {}).items()}
+    lines += [f"{key:<20} {value}" for key, value in made_by.items()]
     return lines + [f"  {size(f['bytes']):>6}  {f['name']}" for f in m.get("files", [])]
 
 

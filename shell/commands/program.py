@@ -40,6 +40,9 @@ COMMON = (
     Option("dry_run", "only say what it would take", type="bool"),
 )
 
+# Those that say nothing to a program that needs no device.
+_OF_DEVICES = {"nice", "class", "device", "deadline", "hang_after", "dry_run"}
+
 
 def program_command(ctx: Context, name: str) -> Command:
     """The command of a program. Raises Usage when there is none, NoKernel when nobody can tell."""
@@ -81,7 +84,7 @@ def unify(verb: Command, manifest: dict[str, Any]) -> Command:
     own = (
         replace(o, required=o.required and o.name not in verb.optional) for o in from_schema(schema)
     )
-    options = with_common((*own, *verb.options))
+    options = with_common((*own, *verb.options), schema)
     return replace(verb, options=options, examples=tuple(schema["examples"]))
 
 
@@ -101,14 +104,16 @@ def _of_schema(name: str, schema: dict[str, Any]) -> Command:
         name=name,
         summary=schema["summary"],
         run=run,
-        options=with_common(from_schema(schema)),
+        options=with_common(from_schema(schema), schema),
         examples=tuple(schema["examples"]),
     )
 
 
-def with_common(own: tuple[Option, ...]) -> tuple[Option, ...]:
+def with_common(own: tuple[Option, ...], schema: dict[str, Any]) -> tuple[Option, ...]:
     """A program's options and those that all programs take; its own go before."""
     taken = {o.name for o in own}
+    if not schema.get("needs_device", True):
+        taken |= _OF_DEVICES
     return (*own, *(replace(o, common=True) for o in COMMON if o.name not in taken))
 
 

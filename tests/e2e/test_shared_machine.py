@@ -5,6 +5,7 @@ Needs root. The users are some that the machine has; nothing is added to its dat
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 import shutil
@@ -372,3 +373,30 @@ def test_who_became_a_user_cannot_become_root_again(two: Two) -> None:
     with os.fdopen(read) as pipe:
         assert pipe.read() == repr([entry.pw_uid] * 3 + [entry.pw_gid] * 3)
     os.wait()
+
+
+def test_a_pull_is_its_users(m: Machine, two: Two, texts: Path) -> None:
+    """Its worker, what it fetches and the model are whose it is; of another's folder it sees
+    nothing. (Its interpreter is not forked from what root has loaded.)"""
+    from support.small_models import make_llama
+
+    if not access._can_read(os.__file__, grp.getgrnam(two.group)):
+        pytest.skip("members of the group cannot read Python's own library here")
+
+    source = make_llama(texts / "llama")
+    for path in (source, *source.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    pid = submit(m, two.ann, "pull", source=str(source), out="anns-pulled")
+    end = ask(m, two.ann, p.Wait(pid, 60.0))
+    assert end["exit_status"] == 0, end
+    found = m.home / "models" / "anns-pulled"
+    ann = pwd.getpwnam(two.ann).pw_uid
+    assert {path.stat().st_uid for path in (found, *found.iterdir())} == {ann}
+    with pytest.raises(NotAllowed):
+        ask(m, two.bob, p.Kill(pid, 15))
+    (source / "config.json").chmod(0o600)
+    other = submit(m, two.bob, "pull", source=str(source), out="bobs-pulled")
+    assert ask(m, two.bob, p.Wait(other, 60.0))["exit_status"] == 1
+    assert not (m.home / "models" / "bobs-pulled").exists()
+    ask(m, two.ann, p.Call("models.rm", {"name": "anns-pulled"}, 30.0))
+    assert not found.exists()

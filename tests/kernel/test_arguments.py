@@ -92,3 +92,26 @@ def test_a_near_name_is_suggested() -> None:
     with pytest.raises(BadArgument) as caught:
         checked(data="x", kind="rrn")
     assert caught.value.hint == "did you mean rnn?"
+
+
+class Kept(Program):
+    name = "kept"
+    summary = "a time as people write it"
+
+    @dataclasses.dataclass(frozen=True)
+    class Args:
+        keep_s: float = arg(300.0, help="how long", duration=True, minimum=-1)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("5m", 300.0), ("-1", -1.0), (0, 0.0), (90.5, 90.5), ("1h30m", 5400.0)]
+)
+def test_a_duration_is_kept_in_seconds(value: Any, seconds: float) -> None:
+    found = check(describe(Kept), {"keep_s": value}, "/", resolve)["keep_s"]
+    assert (found, type(found)) == (seconds, float)
+
+
+@pytest.mark.parametrize("value", ["soon", "", True, -5.0, float("nan")])
+def test_what_is_no_duration_is_named_by_its_flag(value: Any) -> None:
+    with pytest.raises(BadArgument, match="--keep is"):
+        check(describe(Kept), {"keep_s": value}, "/", resolve)

@@ -31,6 +31,8 @@ actions = st.one_of(
         st.sampled_from(["no", "no", "on-failure", "always"]),
     ),
     st.tuples(st.just("guest"), st.sampled_from("mn"), st.integers(1, 12), classes, st.booleans()),
+    st.tuples(st.just("fetch"), st.integers(1, 12), st.sampled_from(["no", "on-failure"])),
+    st.tuples(st.just("load"), st.sampled_from("mn"), st.sampled_from([0.0, 5.0])),
     st.tuples(st.just("run"), moments),
     st.tuples(st.just("run"), moments),
     st.tuples(st.just("kill"), which, st.sampled_from([2, 9, 15])),
@@ -68,6 +70,14 @@ class Story:
         made = self.toy.submit_guest(model, tokens, cls, turns=turns)
         self.pids += [p for p in self.toy.core.m.procs if p not in self.pids]
         assert made in self.pids
+
+    def fetch(self, steps: int, restart: str) -> None:
+        """A process that needs no device."""
+        self.pids.append(self.toy.submit(steps, 0.1, 0, restart=restart, gang=0))
+
+    def load(self, model: str, keep_s: float) -> None:
+        pid = self.toy.load(model, keep_s)
+        self.pids += [pid] if pid not in self.pids else []
 
     def run(self, seconds: float) -> None:
         self.toy.run(seconds)

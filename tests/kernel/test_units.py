@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmos.kernel.errors import BadArgument
-from llmos.kernel.units import Interval, parse_bytes, parse_interval
+from llmos.kernel.units import Interval, parse_bytes, parse_duration, parse_interval
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,21 @@ def test_what_is_no_interval_is_said(text: str, says: str) -> None:
     with pytest.raises(BadArgument, match=says) as caught:
         parse_interval(text)
     assert "500steps, 90s, 10min" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5m", 300), ("0", 0), ("-1", -1), ("300", 300), (300, 300), (2.5, 2.5), ("1h30m", 5400),
+     ("1.5s", 1.5), ("300ms", 0.3), ("2d", 172_800), (" 10M ", 600), ("-5m", -1), ("-0", 0)],
+)  # fmt: skip
+def test_a_duration_as_people_write_it(text: str | float, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "m", "5x", "5 m", "soon", "1h 30m", "--1", "5m3", "1e3", "inf"]
+)
+def test_what_is_no_duration_is_said(text: str) -> None:
+    with pytest.raises(BadArgument, match="is no time") as caught:
+        parse_duration(text)
+    assert "30s, 5m, 1h30m" in caught.value.hint

@@ -25,5 +25,5 @@ print(*sorted(names))
 def test_all_programs_and_the_registry_are_described_without_torch() -> None:
     out = subprocess.run([sys.executable, "-P", "-c", CODE], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    expected = {"chat", "engine", "finetune", "gan", "infer", "pretrain", "spin"}
+    expected = {"chat", "engine", "finetune", "gan", "infer", "pretrain", "pull", "spin"}
     assert expected <= set(out.stdout.split())

@@ -6,12 +6,13 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llmos.kernel.errors import BadArgument, BadInput, NoSuchThing
+from llmos.kernel.errors import BadArgument, BadInput, Busy, NoSuchThing
 from llmos.services.model.registry import ModelRegistry
 
 MADE_BY = {"program": "pretrain", "pid": 12, "args": {"steps": 3}}
@@ -28,7 +29,20 @@ def write_model(folder: Path, numbers: int = 6) -> Path:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> ModelRegistry:
+def users(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The processes that the kernel says use a model; a test may add some."""
+    found: list[dict[str, Any]] = []
+
+    def answer(method: str, arguments: dict[str, Any], limit_s: float | None) -> Any:
+        assert method == "kernel.users_of"
+        return [u for u in found if u["path"] == arguments["path"]]
+
+    monkeypatch.setattr(ModelRegistry, "caller", staticmethod(answer))
+    return found
+
+
+@pytest.fixture
+def registry(tmp_path: Path, users: list[dict[str, Any]]) -> ModelRegistry:
     return ModelRegistry(tmp_path)
 
 
@@ -132,6 +146,54 @@ def test_a_removed_model_is_gone(registry: ModelRegistry, tmp_path: Path) -> Non
         registry.rm("m")
     with pytest.raises(NoSuchThing):
         registry.show("m")
+
+
+def test_a_model_in_use_is_not_removed(
+    registry: ModelRegistry, tmp_path: Path, users: list[dict[str, Any]]
+) -> None:
+    folder = write_model(tmp_path / "models" / "m")
+    engine = {"path": str(folder), "pid": 5, "program": "engine", "role": "engine"}
+    guest = {"path": str(folder), "pid": 6, "program": "chat", "role": "guest"}
+    for found, said in (
+        ([engine, guest], "process 6 (chat)"),
+        ([engine, guest, {**guest, "pid": 7}], "process 6 (chat) and 1 more"),
+        ([engine], "process 5 (engine, loaded)"),
+    ):
+        users[:] = found
+        with pytest.raises(Busy) as caught:
+            registry.rm("m")
+        assert f"model 'm' is in use by {said}" in caught.value.message
+    assert "llmos unload m" in caught.value.hint
+    users.clear()
+    assert registry.rm("m")["freed_bytes"] > 0
+
+
+def test_what_is_shared_with_a_cache_frees_nothing(registry: ModelRegistry, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "models" / "m")
+    os.link(folder / "model.safetensors", tmp_path / "cached")
+    size = (tmp_path / "cached").stat().st_size
+    assert registry.rm("m")["freed_bytes"] < size
+    assert (tmp_path / "cached").stat().st_size == size
+
+
+def test_a_pulled_model_tells_its_source_and_its_license(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    source = write_model(tmp_path / "models" / ".partial-3")
+    made_by = {"program": "pull", "pid": 3, "source": "pip:x", "license": "MIT"}
+    entry = registry.register("m", str(source), "causal-lm", made_by)
+    assert (entry["source"], entry["license"]) == ("pip:x", "MIT")
+
+
+def test_what_a_pull_has_fetched_stays_for_two_weeks(tmp_path: Path) -> None:
+    for name, days in ((".pull-0-new", 13), (".pull-0-old", 15)):
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "half.part").write_text("x")
+        for path in (folder / "half.part", folder):
+            os.utime(path, (time.time() - days * 86_400,) * 2)
+    ModelRegistry(tmp_path)
+    assert [p.name for p in (tmp_path / "models").iterdir()] == [".pull-0-new"]
 
 
 def test_what_a_crash_left_is_cleaned_and_what_is_being_made_stays(tmp_path: Path) -> None:

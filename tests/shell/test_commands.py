@@ -26,7 +26,7 @@ def test_the_table_of_commands_is_the_folder() -> None:
     files = {path.stem for path in folder.glob("*.py")} - {"__init__", "program"}
     assert set(commands.NAMES) == files
     for name in commands.NAMES:
-        assert commands.load(name).name == name
+        assert commands.named(name).name == name
 
 
 @pytest.mark.parametrize("name", commands.NAMES)

@@ -94,10 +94,29 @@ def test_the_rest_of_a_line_may_belong_to_another_command() -> None:
 @pytest.mark.parametrize(
     ("word", "seconds"),
     [("20", 20.0), ("1.5s", 1.5), ("5m", 300.0), ("3h", 10800.0), ("200ms", 0.2), ("x", None),
-     ("", None), ("5 m", None)],
+     ("", None), ("5 m", None), ("1h30m", 5400.0), ("-1", -1.0)],
 )  # fmt: skip
 def test_durations(word: str, seconds: float | None) -> None:
     assert duration_s(word) == seconds
+
+
+def test_a_duration_of_a_program_is_written_with_its_unit() -> None:
+    field = {"name": "keep_alive_s", "type": "float", "required": False, "default": 300.0,
+             "help": "how long", "positional": False, "choices": [], "metavar": "",
+             "duration": True, "minimum": -1, "maximum": None}  # fmt: skip
+    options = from_schema({"args": [field]})
+    assert options[0].flag == "--keep-alive"
+    for words, seconds in (
+        (["--keep-alive", "5m"], 300.0), (["--keep-alive=-1"], -1.0),
+        (["--keep-alive", "-1"], -1.0),
+        (["--keep-alive", "0"], 0.0), (["--keep-alive-s", "300"], 300.0),
+    ):  # fmt: skip
+        assert parse(options, words) == {"keep_alive_s": seconds}
+    with pytest.raises(Usage, match="--keep-alive takes a time"):
+        parse(options, ["--keep-alive", "soon"])
+    timeout = (Option("timeout", "how long", type="duration"),)
+    with pytest.raises(Usage, match="--timeout takes a time"):
+        parse(timeout, ["--timeout", "-1"])
 
 
 def test_a_program_schema_gives_options_with_their_limits() -> None:

@@ -41,6 +41,21 @@ def test_into_a_pipe_progress_is_a_line_now_and_then_and_the_last(
     assert len(lines) == 3
 
 
+def test_bytes_are_shown_as_sizes_with_their_speed(
+    ctx: Context, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with View(ctx, "pull 3", unit="byte") as view:
+        view.show({"kind": "note", "text": "fetching it"})
+        for step, at in ((0, 1000.0), (50, 1010.0), (100, 1020.0)):
+            made = {"step": step * 2**20, "total": 100 * 2**20, "metrics": {}}
+            view.show({"kind": "progress", "at": at, **made})
+        view.show({"kind": "progress", "at": 1030.0, "step": 5, "total": None, "metrics": {}})
+    assert capsys.readouterr().err.splitlines() == [
+        "fetching it", "pull 3: 0/100M", "pull 3: 50M/100M  5.0M/s  eta 10s",
+        "pull 3: 100M/100M  5.0M/s", "pull 3: 5",
+    ]  # fmt: skip
+
+
 def test_text_goes_to_stdout_and_everything_else_to_stderr(
     ctx: Context, capsys: pytest.CaptureFixture[str]
 ) -> None:

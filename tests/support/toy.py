@@ -94,6 +94,20 @@ class Toy:
             self.do(ev.Planned(engine.pid, [{"kind": "weights", "bytes": 200, "shared": "f"}]))
         return pid
 
+    def load(self, model: str = "m", keep_s: float = 10.0) -> int:
+        """An engine that is to be loaded before it has a guest; or the one that there is."""
+        if model in self.core.m.engines:
+            self.do(ev.KeepAsked(self.core.m.engines[model], keep_s))
+            return self.core.m.engines[model]
+        pid = next(self._pids)
+        engine = Process(
+            pid, "engine", {"keep_alive_s": keep_s, "step_s": 0.01}, "u", 0, self.now,
+            role=Role.ENGINE, engine_key=model, preload=True, cls=Class.INTERACTIVE,
+        )  # fmt: skip
+        self.do(ev.Submitted(engine))
+        self.do(ev.Planned(pid, [{"kind": "weights", "bytes": 200, "shared": "f"}]))
+        return pid
+
     def do(self, event: ev.Event) -> list[ev.Order]:
         orders = self.core.handle(event, self.now)
         self.core.check()
@@ -225,6 +239,8 @@ class Toy:
             self._begin(worker)
 
     def _leased(self, worker: str) -> bool:
+        if not self.core.m.workers[worker].devices:
+            return True  # it needs none
         queue = self.core.m.devices[self.core.m.workers[worker].device]
         lease = queue.leases.get(worker)
         return lease is not None and not lease.holding
