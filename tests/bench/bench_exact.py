@@ -3,11 +3,11 @@
     python tests/bench/bench_exact.py MODEL TEXT [--prompts 200] [--tokens 48] [--adapter FOLDER]
 
 MODEL is a folder, TEXT a text whose pieces are the prompts: of mixed length, some with a common
-beginning. They come while others are served, in pieces, with few blocks (`--blocks`), so that guests
-have to make room and are computed again; every `--adapter` is used by some of them. Then each
-text is computed anew by transformers (peft's model for an adapter). Printed: tokens that are the same;
-flips where the reference's two best scores differ by less than 1e-4; anything else is wrong, and
-the exit status 1.
+beginning. They come while others are served, in pieces, with few blocks (`--blocks`), so that
+guests have to make room and are computed again; every `--adapter` is used by some of them. Then
+each text is computed anew by transformers (peft's model for an adapter). Printed: tokens that are
+the same; flips where the reference's two best scores differ by less than 1e-4; anything else is
+wrong, and the exit status 1.
 """
 
 from __future__ import annotations
