@@ -17,7 +17,6 @@ from llmos.kernel.errors import LlmosError, NoKernel, TimedOut, from_wire
 from llmos.shell.client import Client, Record, Stream
 from llmos.shell.context import Context
 from llmos.shell.processes import reason
-from llmos.shell.render import count, duration, size
 from llmos.shell.view import View
 
 # A silence this long makes one ask what the process waits for.
@@ -38,17 +37,18 @@ def follow(
     schema: dict[str, Any],
     *,
     offset: int = 0,
-    stats: bool = False,
     skip_old: bool = False,
+    view: View | None = None,
 ) -> int:
     """Show a process until it ends -> its exit status; 130 when the person leaves with Ctrl-C.
 
     `skip_old`: what is in the stream already counts, but is not shown (`attach`).
     """
-    view = View(
-        ctx, f"{schema['name']} {pid}", stats=stats, quiet=bool(schema.get("foreign")),
-        unit=schema.get("progress_unit", "step"),
-    )  # fmt: skip
+    if view is None:
+        view = View(
+            ctx, f"{schema['name']} {pid}", quiet=bool(schema.get("foreign")),
+            unit=schema.get("progress_unit", "step"),
+        )  # fmt: skip
     view.offset = offset
     try:
         with view, _ctrl_z(ctx):
@@ -166,10 +166,7 @@ def report_end(ctx: Context, schema: dict[str, Any], pid: int, ended: Record, vi
     if schema.get("foreign") and (status == 0 or result.get("ended_by") == "itself"):
         return status  # the command has said what there is to say
     if status == 0:
-        if view.made_text:
-            view.statistics(result)
-        else:
-            _print_result(ctx, schema, pid, result, view)
+        view.finish(pid, result)
         return 0
     error = result.get("error")
     shown = from_wire(error) if isinstance(error, dict) else _failure(schema, pid, ended)
@@ -177,21 +174,6 @@ def report_end(ctx: Context, schema: dict[str, Any], pid: int, ended: Record, vi
     if shown.hint:
         ctx.say(f"  {shown.hint}")
     return status
-
-
-def _print_result(
-    ctx: Context, schema: dict[str, Any], pid: int, result: Record, view: View
-) -> None:
-    took = f" in {duration(view.elapsed_s)}" if view.elapsed_s else ""
-    ctx.say(f"{schema['name']} {pid} is done{took}")
-    width = max((len(key) for key in result), default=0)
-    ctx.lines(f"{key.ljust(width)}  {_plain(key, value)}" for key, value in result.items())
-
-
-def _plain(key: str, value: Any) -> str:
-    if key in ("bytes", "parameters") and isinstance(value, int):
-        return size(value) if key == "bytes" else count(value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _failure(schema: dict[str, Any], pid: int, ended: Record) -> LlmosError:

@@ -43,6 +43,16 @@ class Home:
     def history(self) -> Path:
         return self.path / "history"
 
+    @property
+    def chats(self) -> Path:
+        """Conversations that were saved."""
+        return self.path / "chats"
+
+    @property
+    def chat_history(self) -> Path:
+        """What was typed into chats."""
+        return self.path / "chat_history"
+
     def manifest(self) -> dict[str, Any] | None:
         """The manifest that the last kernel left here; None when there is none to read."""
         try:

@@ -6,11 +6,17 @@ Knows no process and no device; what belongs to a column is decided by who calls
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # What a terminal that is not UTF-8 shows instead.
-_ASCII = {"…": "~", "█": "#", "░": ".", "·": "-", "→": "->"}
+_ASCII = {
+    "…": "~", "█": "#", "░": ".", "·": "-", "→": "->", "│": "|", "─": "-", "┼": "+", "•": "*",
+}  # fmt: skip
+
+# Neither printable nor a danger: new lines, and the joiners of Persian, of Indic scripts, of emoji.
+_HARMLESS = "\n\t\u200c\u200d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +75,15 @@ def clean(text: str) -> str:
 
 
 def clean_text(text: str) -> str:
-    """As `clean`, for running text: newlines and tabs stay."""
+    """As `clean`, for running text: newlines and tabs stay, and so do spaces of all kinds, what
+    joins letters, and characters that this Python does not know yet."""
     if text.isprintable():
         return text
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+    return "".join(c for c in text if c.isprintable() or c in _HARMLESS or _is_text(c))
+
+
+def _is_text(c: str) -> bool:
+    return unicodedata.category(c) in ("Zs", "Cn", "Co")
 
 
 def ascii_only(text: str) -> str:

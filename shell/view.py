@@ -1,6 +1,7 @@
 """The records of one process on the terminal: text on stdout, progress and notes on stderr.
 
-On a terminal progress is a bar that stays in place; elsewhere a line every few seconds.
+On a terminal progress is a bar that stays in place; elsewhere a line every few seconds. Of several
+answers the first is shown as it is made, the others when it has ended.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from llmos.shell.client import Record
-from llmos.shell.context import Context, encodable
-from llmos.shell.render import clean, clean_text, count, duration, number, size
+from llmos.shell.context import Context
+from llmos.shell.render import clean, count, duration, fit, number, size
+from llmos.shell.textout import TextOut, text_out
 
 LINE_EVERY_S = 5.0  # where there is no bar: often enough to see that it lives
 _RATE_STEPS = 50  # the rate that the ETA is made from is an average over so many reports
@@ -42,16 +44,21 @@ class View:
         stats: bool = False,
         quiet: bool = False,
         unit: str = "step",
+        markdown: bool = False,
     ) -> None:
         self._in_bytes = unit == "byte"
         self.made_text = False
         self.offset = 0  # in the stream, after the last record that was shown
+        self._markdown = markdown
         self._quiet = quiet  # the process is a command that shows its own progress
         self.elapsed_s = 0.0
         self._ctx = ctx
         self._label = label
         self._stats = stats
-        self._at_line_start = True
+        self._out: TextOut = text_out(ctx, markdown)
+        self._later: dict[int, str] = {}  # answers that wait until the first one has ended
+        self._several = False  # are there several, each with a heading?
+        self._waiting = False  # is there a line that says what is waited for?
         self._pace: deque[tuple[float, int]] = deque(maxlen=_RATE_STEPS)
         self._began_at: float | None = None
         self._last_line_at = 0.0
@@ -69,13 +76,12 @@ class View:
             self._bar.close()
         elif self._last is not None and not self._shown_last:
             self._ctx.say(self._line(self._last))
-        if not self._at_line_start and self._ctx.stdout_is_terminal:
-            print(flush=True)
+        self._close_text()
 
     def show(self, record: Record) -> None:
         match record["kind"]:
             case "text":
-                self._text(str(record["text"]))
+                self._text(str(record["text"]), record.get("index"))
             case "output":
                 self._output(int(record["fd"]), record["data"])
             case "progress":
@@ -97,37 +103,68 @@ class View:
             self._note_progress(record)
             self._shown_last = self._quiet
         elif record["kind"] == "text":
-            self._text(str(record["text"]))
+            self._text(str(record["text"]), record.get("index"))
+
+    def wait_for(self, what: str) -> None:
+        """Say on a terminal why there is no text yet, until there is some."""
+        if self._ctx.stderr_is_terminal and not self.made_text:
+            self._waiting = True
+            _to_terminal(f"\r\x1b[K\x1b[2m{fit(clean(what), self._ctx.width - 1)}\x1b[0m")
+
+    def _clear_waiting(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            _to_terminal("\r\x1b[K")
 
     def note(self, text: str) -> None:
         text = clean(text)
-        if not self._at_line_start and self._ctx.stdout_is_terminal:
-            print(flush=True)
-            self._at_line_start = True
+        self._clear_waiting()
+        self._out.pause()
         if self._bar is not None:
             self._bar.print(text)
         else:
             self._ctx.say(text)
 
-    def statistics(self, result: Record) -> None:
-        """What an answer cost, for `--stats`."""
-        if not self._stats:
-            return
-        first, rate = result.get("first_token_s"), result.get("tokens_per_s")
-        parts = [f"{result.get('tokens', 0)} tokens"]
-        parts += [f"first after {first * 1000:.0f} ms"] if first is not None else []
-        parts += [f"{rate:.1f} tokens/s"] if rate else []
-        self._ctx.say(" · ".join(parts))
+    def finish(self, pid: int, result: Record) -> None:
+        """The process has ended well: show what it says at its end."""
+        if not self.made_text:
+            self._result(result)
+        elif self._stats:
+            self._ctx.say(answer_statistics(result))
 
-    def _text(self, text: str) -> None:
+    def _result(self, result: Record) -> None:
+        took = f" in {duration(self.elapsed_s)}" if self.elapsed_s else ""
+        self._ctx.say(f"{self._label} is done{took}")
+        width = max((len(key) for key in result), default=0)
+        self._ctx.lines(f"{key.ljust(width)}  {_plain(key, value)}" for key, value in result.items())
+
+    def _text(self, text: str, index: int | None) -> None:
         if not text:
             return
         self.made_text = True
-        if self._ctx.stdout_is_terminal:
-            text = clean_text(text)
-        sys.stdout.write(encodable(text, sys.stdout.encoding))
-        sys.stdout.flush()
-        self._at_line_start = text.endswith("\n")
+        if index:
+            self._later[index] = self._later.get(index, "") + text
+            return
+        self._clear_waiting()
+        if index == 0 and not self._several:
+            self._several = True
+            self._heading(0)
+        self._out.write(text)
+
+    def _close_text(self) -> None:
+        self._clear_waiting()
+        self._out.close()
+        if self._later and not self._several:
+            self._heading(0)
+        for index in sorted(self._later):
+            self._ctx.print()
+            self._heading(index)
+            self._out.write(self._later[index])
+            self._out.close()
+
+    def _heading(self, index: int) -> None:
+        line = f"--- answer {index + 1} ---"
+        self._ctx.print(f"\x1b[2m{line}\x1b[0m" if self._markdown else line)
 
     def _output(self, fd: int, data: bytes) -> None:
         """A command's own bytes, unchanged, to where it wrote them."""
@@ -190,6 +227,26 @@ class View:
         if not total or done <= 0 or took <= 0 or record["step"] >= total:
             return None
         return max(0.0, float((total - record["step"]) * took / done))
+
+
+def _plain(key: str, value: Any) -> str:
+    if key in ("bytes", "parameters") and isinstance(value, int):
+        return size(value) if key == "bytes" else count(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def answer_statistics(result: Record) -> str:
+    """ "31 tokens · first after 210 ms · 24.5 tokens/s": what an answer cost."""
+    first, rate = result.get("first_token_s"), result.get("tokens_per_s")
+    parts = [f"{result.get('tokens', 0)} tokens"]
+    parts += [f"first after {first * 1000:.0f} ms"] if first is not None else []
+    parts += [f"{rate:.1f} tokens/s"] if rate else []
+    return " · ".join(parts)
+
+
+def _to_terminal(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def metrics_line(metrics: dict[str, Any]) -> str:

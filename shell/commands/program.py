@@ -5,6 +5,7 @@ Knows no program: flags, help and behaviour follow from the schema.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
@@ -16,6 +17,7 @@ from llmos.shell.follow import follow
 from llmos.shell.options import Command, Option, Usage, Values, from_schema
 from llmos.shell.render import size
 from llmos.shell.resolve import nearest_hint, schema_of
+from llmos.shell.view import View
 
 # What every program takes besides its own arguments; one of its own goes before.
 COMMON = (
@@ -117,8 +119,14 @@ def with_common(own: tuple[Option, ...], schema: dict[str, Any]) -> tuple[Option
     return (*own, *(replace(o, common=True) for o in COMMON if o.name not in taken))
 
 
-def launch(ctx: Context, program: str, values: Values) -> int:
-    """Submit a program and show it until it ends, or print its pid."""
+def launch(
+    ctx: Context,
+    program: str,
+    values: Values,
+    view: Callable[[str], View] | None = None,
+) -> int:
+    """Submit a program and show it until it ends, or print its pid. `view` makes what shows it,
+    from what the process is called."""
     schema = schema_of(ctx.manifest() or {"programs": {}}, program)
     args = {f["name"]: values[f["name"]] for f in schema["args"] if f["name"] in values}
     options = {o.name: values[o.name] for o in COMMON if o.name in values and o.name not in args}
@@ -145,7 +153,8 @@ def launch(ctx: Context, program: str, values: Values) -> int:
         if detach:
             ctx.print(f"[{pid}] {program}" if ctx.in_background else str(pid))
             return 0
-        return follow(ctx, client, pid, schema, stats=bool(values.get("stats")))
+        shown = view(f"{program} {pid}") if view is not None else None
+        return follow(ctx, client, pid, schema, view=shown)
 
 
 def _dry_run(ctx: Context, program: str, args: dict[str, Any], options: dict[str, Any]) -> int:
