@@ -93,14 +93,19 @@ class Conversation:
         """Start a process, over a line of its own: the old one may have lost its kernel."""
         self.drop()
         client = self._connect()
-        self.pid = client.submit("chat", self.args, attached=True, **self._options)
-        self._line = _Line(client, client.attach(self.pid))
+        try:
+            self.pid = client.submit("chat", self.args, attached=True, **self._options)
+            self._line = _Line(client, client.attach(self.pid))
+        except BaseException:
+            client.close()
+            raise
 
     def end(self) -> None:
         """End the process: as its work is done where it waits, else by force. Raises NoKernel."""
         line = self._line
         if line is None:
             return
+        line.client.reconnect_s = 0.0  # nobody waits for a kernel to say goodbye to
         with contextlib.suppress(BadRequest):  # it has ended in the meantime
             if line.client.process(self.pid)["reason"] != "input" or not self._leaves(line):
                 line.client.kill(self.pid)

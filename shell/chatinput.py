@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +59,6 @@ class PipeReader:
             text += "\n" + self._line()
         return message_of(text)
 
-    def quiet(self) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def _line(self) -> str:
         line = self._readline()
         if not line:
@@ -91,9 +88,6 @@ class TerminalReader:
         self._history = _history(ctx.home.chat_history, keeps)
         self._session = _session(self._history, complete, toolbar)
 
-    def quiet(self) -> AbstractContextManager[None]:
-        return _quiet_keys()
-
     @property
     def keeps(self) -> bool:
         return bool(self._history.keeps)
@@ -117,6 +111,7 @@ def _session(
     toolbar: Callable[[int], str],
 ) -> PromptSession[str]:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
     from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
     from prompt_toolkit.formatted_text import FormattedText
     from prompt_toolkit.output import create_output
@@ -135,6 +130,11 @@ def _session(
     def more(width: int, number: int, wrapped: int) -> str:
         return " " * width if wrapped else "... "
 
+    def placeholder() -> FormattedText:
+        # Not in what stays on the screen when nothing was typed.
+        shown = "" if get_app().is_done else PLACEHOLDER
+        return FormattedText([("class:placeholder", shown)])
+
     return PromptSession(
         ">>> ",
         multiline=True,  # so that the keys below say when it ends
@@ -145,7 +145,7 @@ def _session(
         auto_suggest=AutoSuggestFromHistory(),
         history=history,
         bottom_toolbar=bottom,
-        placeholder=FormattedText([("class:placeholder", PLACEHOLDER)]),
+        placeholder=placeholder,
         style=Style.from_dict({
             "bottom-toolbar": "noreverse fg:ansibrightblack",
             "placeholder": "fg:ansibrightblack",
@@ -227,13 +227,15 @@ def _halve(path: Path) -> None:
 
 
 @contextmanager
-def _quiet_keys() -> Iterator[None]:
-    """Keys are not echoed; they wait for the next message."""
+def quiet_keys() -> Iterator[None]:
+    """While a conversation lasts keys are not echoed in the midst of an answer: they wait, as they
+    are, for the next message. Ctrl-C is a signal still."""
     import termios
 
     before = termios.tcgetattr(sys.stdin)
     quiet = list(before)
-    quiet[3] &= ~termios.ECHO
+    quiet[0] &= ~termios.ICRNL
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
     termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
     try:
         yield

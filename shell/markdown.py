@@ -13,6 +13,7 @@ from collections.abc import Callable
 from llmos.shell.highlight import Highlighter
 from llmos.shell.inline import BOLD, DIM, UNDERLINE, inline
 from llmos.shell.paper import Paper, Row, Span
+from llmos.shell.render import cell_len
 from llmos.shell.table import Table, is_delimiter
 from llmos.shell.wrap import chop, wrap
 
@@ -42,7 +43,7 @@ class Markdown:
         self._begun = False
         self._fence: _Fence | None = None
         self._table: list[str] = []  # the lines of what is one, or may be
-        self._drawn: Table | None = None
+        self._drawn: Table | None = None  # the one whose widths are kept
         self._shown = 0  # characters of the line that stand on the paper
         self._skip = 0  # ... and that stand above a break, so that they are not written again
 
@@ -89,7 +90,7 @@ class Markdown:
         fence = _FENCE.match(line)
         if fence is not None:
             self._fence = _Fence(fence)
-            self._rows_done([self._rule(self._fence.language)])
+            self._rows_done(self._opening(self._fence.label))
         elif "|" in line:
             self._table = [line]  # the next line tells whether it is one
             self._draw(self._text_rows(line))
@@ -117,7 +118,7 @@ class Markdown:
     def _wrapped(self, first: list[Span], rest: list[Span], content: list[Span]) -> list[Row]:
         self._shown = sum(len(text) for text, _ in content)
         if self._skip:
-            first, content = rest, _without(content, self._skip)
+            first, content = rest, _without(content, self._skip, at_word=True)
         # A column is left free: behind a full row nobody knows where a terminal's cursor is.
         return wrap(content, max(1, self._paper.columns - 1), first, rest)
 
@@ -152,11 +153,18 @@ class Markdown:
             rest.append((indent, ""))
         return first, rest, inline(line.strip() if not partial else line.lstrip(), "", partial)
 
-    def _rule(self, label: str = "") -> Row:
+    def _rule(self) -> Row:
         columns = min(_RULE_COLUMNS, max(1, self._paper.columns - 1))
-        text = f"── {label} " if label else ""
-        text += "─" * (columns - len(text))
-        return Row(((self._encode(text[:columns]), DIM),))
+        return Row(((self._encode("─" * columns), DIM),))
+
+    def _opening(self, label: str) -> list[Row]:
+        """The line above a block of code, with what its author calls it."""
+        columns = min(_RULE_COLUMNS, max(1, self._paper.columns - 1))
+        text = self._encode("── ") + f"{label} "
+        if not label or cell_len(text) > columns:
+            return [*(wrap([(label, DIM)], columns) if label else ()), self._rule()]
+        text += self._encode("─" * (columns - cell_len(text)))
+        return [Row(((text, DIM),))]
 
     # ---- code ----
 
@@ -183,7 +191,7 @@ class Markdown:
         if len(self._table) == 1:
             belongs = is_delimiter(line, self._table[0])
         else:
-            belongs = bool(line.strip()) and "|" in line
+            belongs = "|" in line and (self._starts_row(line) or not self._starts_row())
         if not belongs:
             self._end_table()
             return False
@@ -194,19 +202,22 @@ class Markdown:
     def _may_be_row(self, line: str) -> bool:
         if len(self._table) == 1:
             return re.match(r"[\s|:-]*$", line) is not None
-        leads = self._table[0].lstrip().startswith("|")
-        return line.lstrip().startswith("|") or not line.strip() or not leads
+        return self._starts_row(line) or not line.strip() or not self._starts_row()
+
+    def _starts_row(self, line: str | None = None) -> bool:
+        """Does a line begin with a bar? Without one: do the rows of this table?"""
+        return (self._table[0] if line is None else line).lstrip().startswith("|")
 
     def _draw_table(self) -> None:
         table = Table(self._table, self._encode)
         table.fit(max(1, self._paper.columns - 1))
-        rows = table.rows()
-        if self._drawn is not None and len(rows) > self._paper.lines - 2:
-            # Its beginning leaves the screen: the widths stay as they are.
+        if self._drawn is not None:
             table.keep_widths(self._drawn)
-            rows = table.rows()
-        self._drawn = table
-        self._draw(rows)
+        elif len(table.rows()) > self._paper.lines // 2:
+            # Its beginning will leave the screen, so that this is the last chance to choose.
+            table.spread()
+            self._drawn = table
+        self._draw(table.rows())
 
     def _end_table(self) -> None:
         if self._table:
@@ -235,9 +246,8 @@ class _Fence:
     def __init__(self, opening: re.Match[str]) -> None:
         self._indent = opening[1]
         self._mark = opening[2]
-        words = opening[3].split()
-        self.language = words[0] if words else ""
-        self._highlighter = Highlighter(self.language)
+        self.label = opening[3].strip()
+        self._highlighter = Highlighter(self.label.split(" ")[0])
 
     def closes(self, line: str) -> bool:
         mark = line.strip()
@@ -256,11 +266,15 @@ class _Fence:
         return [(self._indent, ""), *spans] if self._indent else spans
 
 
-def _without(spans: list[Span], skip: int) -> list[Span]:
-    """The spans behind the first `skip` characters."""
+def _without(spans: list[Span], skip: int, at_word: bool = False) -> list[Span]:
+    """The spans behind the first `skip` characters, and behind the spaces that follow these."""
     rest = []
     for text, style in spans:
         if len(text) > skip:
             rest.append((text[skip:], style))
         skip = max(0, skip - len(text))
+    while at_word and rest and not rest[0][0].lstrip():
+        rest.pop(0)
+    if at_word and rest:
+        rest[0] = (rest[0][0].lstrip(), rest[0][1])
     return rest

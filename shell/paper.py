@@ -75,10 +75,13 @@ class Paper:
         first = _first_difference(old, new)
         if first == len(old) == len(new):
             return
+        if first == len(new):  # the cursor goes back behind the last row that is left
+            first = max(0, first - 1)
         self._rows = new
         reachable = max(self._fixed, len(old) - self.lines)
         if first < reachable:
-            if [r.text for r in old[first:reachable]] == [r.text for r in new[first:reachable]]:
+            texts = [[row.text for row in rows[first:reachable]] for rows in (old, new)]
+            if texts[0] == texts[1] and reachable < len(new):
                 first = reachable  # they only look different
             else:
                 self._fixed = first

@@ -8,7 +8,6 @@ import stat
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from llmos.shell.context import Context
 from llmos.shell.options import Usage
@@ -16,6 +15,7 @@ from llmos.shell.render import size
 
 # What a message to the kernel can hold, with room for what else is in it (kernel/wire.py).
 MOST_BYTES = 15 * 1024 * 1024
+_TOO_MUCH = "no model of today reads so much at once"
 STDIN = "-"
 # Somebody who waits for a pipe that nobody writes to should know what for.
 SAY_AFTER_S = 3.0
@@ -38,7 +38,7 @@ def read_prompt(ctx: Context, prompt: str | None, files: Sequence[str]) -> str |
     if len(text.encode()) > MOST_BYTES:
         raise Usage(
             f"the prompt has {size(len(text.encode()))}; at most {size(MOST_BYTES)} can be sent",
-            "no model of today reads so much at once",
+            _TOO_MUCH,
         )
     return text
 
@@ -58,13 +58,9 @@ def _is_sent() -> bool:
 
 
 def _read_file(name: str) -> str:
-    path = Path(os.path.expanduser(name))
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise Usage(
-                f"{name} has {size(path.stat().st_size)}; at most {size(MOST_BYTES)} can be sent"
-            )
-        data = path.read_bytes()
+        with open(os.path.expanduser(name), "rb") as f:
+            data = f.read(MOST_BYTES + 1)
     except OSError as exc:
         raise Usage(f"{name} cannot be read: {exc.strerror}") from None
     return _text(data, name)
@@ -84,12 +80,12 @@ def _read_stdin(ctx: Context) -> str:
         data = sys.stdin.buffer.read(MOST_BYTES + 1)
     finally:
         later.cancel()
-    if len(data) > MOST_BYTES:
-        raise Usage(f"standard input has more than {size(MOST_BYTES)}")
     return _text(data, "standard input")
 
 
 def _text(data: bytes, name: str) -> str:
+    if len(data) > MOST_BYTES:
+        raise Usage(f"{name} has more than {size(MOST_BYTES)}", _TOO_MUCH)
     data = data.removeprefix(codecs.BOM_UTF8)
     if b"\0" in data:
         raise Usage(f"{name} is no text: it has zero bytes", "a prompt is UTF-8 text")
@@ -101,6 +97,6 @@ def _text(data: bytes, name: str) -> str:
             "`iconv -f LATIN1 -t UTF-8` and the like make it so",
         ) from None
     if not text.strip():
-        raise Usage(f"{name} is empty")
+        raise Usage(f"{name} is empty", 'llmos run MODEL "PROMPT", or -f FILE, or a pipe')
     # The newline at the end of a file, or that `echo` adds, is not part of what was meant.
     return text.removesuffix("\n")

@@ -63,6 +63,11 @@ class Table:
             widths[widest] -= 1
         self._widths = widths if sum(widths) <= room else []
 
+    def spread(self) -> None:
+        """Give the columns what room there is, for rows to come."""
+        free = self._columns - 3 * (self._n - 1) - sum(self._widths)
+        self._widths = [w + min(w, free // self._n) for w in self._widths]
+
     def keep_widths(self, other: Table) -> None:
         """Those of what has been shown of the same table."""
         if other._n == self._n and other._columns == self._columns:

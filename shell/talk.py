@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,9 +46,6 @@ class Reader(Protocol):
 
     def read(self) -> str:
         """The next message. Raises EOFError at the end, KeyboardInterrupt for one given up."""
-
-    def quiet(self) -> AbstractContextManager[None]:
-        """For the time of an answer: what is typed is not shown in the midst of it."""
 
 
 @dataclass
@@ -99,8 +95,7 @@ class Talk:
             self.answer(text)
 
     def answer(self, prompt: str) -> None:
-        with self.reader.quiet():
-            turn = self.conversation.turn(prompt)
+        turn = self.conversation.turn(prompt)
         if self.stays:
             self.ctx.say("")
         if self.stats and turn:

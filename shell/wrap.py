@@ -21,7 +21,10 @@ _PIECES = re.compile(rf"\s+|{_WIDE}{_CLOSING}*|(?:(?!{_WIDE})\S)+")
 def wrap(
     spans: Sequence[Span], columns: int, first: Sequence[Span] = (), rest: Sequence[Span] = ()
 ) -> list[Row]:
-    """Rows of at most `columns`; the first begins with `first`, the others with `rest`."""
+    """Rows of at most `columns`; the first begins with `first`, the others with `rest`. Where these
+    would take half of a row, they are words like others."""
+    if 2 * _cells(first) > columns:
+        spans, first = [*first, *spans], ()
     lines = _Lines(columns, first, rest)
     for text, style in spans:
         for found in _PIECES.finditer(text):
@@ -60,7 +63,7 @@ class _Lines:
     def __init__(self, columns: int, first: Sequence[Span], rest: Sequence[Span]) -> None:
         self._columns = columns
         self._rest = list(rest) if _cells(rest) * 2 <= columns else []
-        self._rows: list[list[Span]] = [list(first) if _cells(first) * 2 <= columns else []]
+        self._rows: list[list[Span]] = [list(first)]
         self._used = _cells(self._rows[0])
         self._empty = True  # is there no word in this row yet?
         self._space: list[Span] = []

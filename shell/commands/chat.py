@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from llmos.shell import chats
 from llmos.shell.chat import Conversation
-from llmos.shell.chatinput import PipeReader, TerminalReader
+from llmos.shell.chatinput import PipeReader, TerminalReader, quiet_keys
 from llmos.shell.commands.program import COMMON, launch
 from llmos.shell.context import Context
 from llmos.shell.options import Command, Option, Usage, Values
@@ -53,7 +54,7 @@ def run(ctx: Context, values: Values) -> int:
     talk = Talk(ctx, conversation, PipeReader(), bool(values.get("stats")), stays=typed)
     if typed:
         talk.reader = terminal_reader(talk, keeps=bool(values.get("history", True)))
-    with conversation:
+    with quiet_keys() if typed else nullcontext(), conversation:
         if typed:
             ctx.say(WELCOME)
         if saved is not None:

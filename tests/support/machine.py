@@ -43,8 +43,9 @@ class Machine:
     def __call__(self, *words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-P", "-m", "llmos.shell", *words], capture_output=True, text=True,
-            env={**os.environ, "LLMOS_HOME": str(self.home)}, input=stdin, timeout=LIMIT_S,
+            env={**os.environ, "LLMOS_HOME": str(self.home)}, timeout=LIMIT_S,
             cwd=self.text.parent,
+            **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
         )  # fmt: skip
 
     def ok(self, *words: str) -> str:

@@ -1,0 +1,139 @@
+"""Chats and runs as a user has them: a real model, a terminal, files and pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from llmos.shell.chatinput import PLACEHOLDER
+from llmos.shell.launch import wait_gone
+from support.engine_has import EXIT_OF_A_CHAT, needs_history
+from support.machine import LIMIT_S, Machine
+from support.terminal import Terminal
+
+pytestmark = pytest.mark.slow
+
+SHORT = ("--max-tokens", "8", "--temperature", "0")
+
+
+def chat(machine: Machine, *words: str) -> Terminal:
+    return Terminal(machine.home, "chat", "tiny", *SHORT, *words)
+
+
+def last_chat(machine: Machine) -> dict[str, object]:
+    found = [p for p in machine.json("ps", "-a") if p["program"] == "chat"]
+    return max(found, key=lambda p: p["pid"])  # type: ignore[no-any-return]
+
+
+def say(terminal: Terminal, text: str) -> str:
+    """-> what came up to the next prompt."""
+    terminal.type(f"{text}\r")
+    return terminal.expect(PLACEHOLDER)
+
+
+def test_a_chat_on_a_terminal_is_kept_and_leaves_with_status_0(llmos: Machine) -> None:
+    with chat(llmos, "--stats") as terminal:
+        terminal.expect(PLACEHOLDER)
+        assert "8 tokens" in say(terminal, "The red")
+        assert "messages     2" in say(terminal, "/show")
+        say(terminal, "/save kept")
+        terminal.type("\x04")
+        assert terminal.ended() == 0
+    kept = json.loads((llmos.home / "chats" / "kept.json").read_text())
+    assert [m["role"] for m in kept["messages"]] == ["user", "assistant"]
+    assert kept["settings"] == {"max_tokens": 8, "temperature": 0.0}
+    assert last_chat(llmos)["exit_status"] == EXIT_OF_A_CHAT
+
+
+def test_on_a_pipe_each_line_is_a_turn(llmos: Machine) -> None:
+    done = llmos("chat", "tiny", *SHORT, "-v", stdin="The red\nThe blue\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("8 tokens") == 2
+    assert "\x1b" not in done.stdout
+
+
+@needs_history
+def test_clear_regenerate_and_load_on_a_real_engine(llmos: Machine) -> None:
+    with chat(llmos) as terminal:
+        terminal.expect(PLACEHOLDER)
+        first = say(terminal, "The red")
+        say(terminal, "/clear")
+        assert say(terminal, "The red").split(">>>")[1] == first.split(">>>")[1], "nothing is left"
+        say(terminal, "/save one")
+        say(terminal, "and then")
+        say(terminal, "/regenerate")
+        assert "messages     4" in say(terminal, "/show")
+        say(terminal, "/load one")
+        assert "messages     2" in say(terminal, "/show")
+        say(terminal, "and then")
+        terminal.type("\x04")
+        assert terminal.ended() == 0
+
+
+@needs_history
+def test_a_chat_that_was_killed_goes_on_in_a_new_process(llmos: Machine) -> None:
+    with chat(llmos) as terminal:
+        terminal.expect(PLACEHOLDER)
+        say(terminal, "The red")
+        pid = last_chat(llmos)["pid"]
+        llmos.ok("kill", str(pid))
+        assert "killed by SIGTERM" in say(terminal, "and then")
+        say(terminal, "and then")
+        assert "messages     4" in say(terminal, "/show")
+        terminal.type("\x04")
+        assert terminal.ended() == 0
+    assert last_chat(llmos)["pid"] != pid
+
+
+@pytest.mark.long
+def test_a_chat_goes_on_when_its_kernel_dies(fresh: Machine) -> None:
+    fresh.ok("boot")
+    fresh.ok("wait", str(fresh.pretrain("tiny", 3)))
+    os_pid = int(fresh.json("status")["kernel"]["os_pid"])
+    with chat(fresh) as terminal:
+        terminal.expect(PLACEHOLDER)
+        say(terminal, "The red")
+        os.kill(os_pid, signal.SIGKILL)
+        wait_gone(os_pid, LIMIT_S)
+        terminal.type("and then\r")
+        terminal.expect("the kernel has gone")
+        fresh.ok("boot")
+        terminal.expect(PLACEHOLDER)
+        assert "messages     4" in say(terminal, "/show")
+        terminal.type("\x04")
+        assert terminal.ended() == 0
+
+
+def test_run_reads_files_and_pipes_and_prints_json(llmos: Machine, tmp_path: Path) -> None:
+    (tmp_path / "red.txt").write_text("The red\n")
+    file = ("-f", str(tmp_path / "red.txt"))
+    words = ("run", "tiny", *SHORT, "--raw")
+    expected = llmos.ok(*words, "The red")
+    assert llmos.ok(*words, *file) == expected
+    piped = llmos(*words, stdin="The red\n")
+    assert (piped.returncode, piped.stdout) == (0, expected)
+    both = llmos(*words, "The red", stdin="and the blue\n")
+    assert (both.returncode, both.stdout) == (0, llmos.ok(*words, "The red\n\nand the blue"))
+    found = llmos.json(*words, "The red")
+    assert found["text"] == expected
+    assert found["finish_reason"] == "length"
+    assert found["usage"]["completion_tokens"] == found["tokens"] == 8
+    lines = [json.loads(x) for x in llmos.ok(*words, "The red", "--json", "--stream").splitlines()]
+    assert "".join(x["text"] for x in lines[:-1]) == lines[-1]["text"] == expected
+
+
+def test_what_is_no_prompt_is_refused_in_one_line(llmos: Machine, tmp_path: Path) -> None:
+    (tmp_path / "picture").write_bytes(b"\x89PNG\0")
+    for words, says in (
+        (("-f", str(tmp_path / "picture")), "is no text"),
+        (("-f", str(tmp_path / "none")), "cannot be read"),
+        ((), "standard input is empty"),
+    ):
+        ran = llmos("run", "tiny", *words)
+        assert ran.returncode == 2
+        assert says in ran.stderr.splitlines()[0]
+    assert "standard input is empty" in llmos("run", "tiny", stdin="").stderr
