@@ -140,7 +140,8 @@ class Conversation:
     # ---- turns ----
 
     def turn(self, prompt: str) -> Record:
-        """Say something and show the answer -> its "turn" record, empty where it was refused.
+        """Say something and show the answer -> its "turn" record; empty where it was refused, or
+        its end not waited for.
 
         Raises ChatEnded; the next turn then begins with a new process.
         """
@@ -153,12 +154,13 @@ class Conversation:
             with self._view(line) as view, self._interrupts_stop(view):
                 self._send(line, {"prompt": prompt})
                 turn = self._answer(line, view, said)
-        except _Abandoned:
+        except (_Abandoned, ChatEnded) as exc:
+            if said:
+                self._note_turn(prompt, "".join(said))
+            if isinstance(exc, ChatEnded):
+                raise
             self.drop()
-            turn = {"finish_reason": "interrupted"}
-        except ChatEnded:
-            self._note_turn(prompt, "".join(said))
-            raise
+            return {}
         if turn:
             self._note_turn(prompt, "".join(said))
             self.last = turn
@@ -167,12 +169,12 @@ class Conversation:
         return turn
 
     def _note_turn(self, prompt: str, answer: str) -> None:
-        if answer:
-            self.messages.append({"role": "user", "content": prompt})
-            self.messages.append({"role": "assistant", "content": answer})
+        self.messages.append({"role": "user", "content": prompt})
+        self.messages.append({"role": "assistant", "content": answer})
 
     def _view(self, line: _Line) -> View:
-        view = View(self._ctx, label="chat", markdown=self.markdown)
+        markdown = self.markdown and self._ctx.stdout_is_terminal
+        view = View(self._ctx, label="chat", markdown=markdown)
         line.client.on_lost = lambda: view.note(GONE)
         return view
 

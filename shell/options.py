@@ -8,6 +8,7 @@ after a flag that follows another one (`run MODEL --max-tokens 5 "PROMPT"`), nor
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -262,11 +263,15 @@ def _json(option: Option, word: str) -> Any:
     try:
         text = Path(word[1:]).read_text() if word.startswith("@") else word
         return json.loads(text)
-    except (OSError, UnicodeDecodeError) as exc:
-        raise Usage(f"{option.label}: {word[1:]} cannot be read: {exc}") from None
+    except OSError as exc:
+        raise Usage(f"{option.label}: {word[1:]} cannot be read: {exc.strerror}") from None
+    except UnicodeDecodeError:
+        raise Usage(f"{option.label}: {word[1:]} is not UTF-8 text") from None
     except ValueError as exc:
+        is_file = len(word) < 4096 and "\0" not in word and os.path.isfile(word)
+        file = f"@{word}" if is_file else "@FILE"
         raise Usage(
-            f"{option.label} takes JSON: {exc}", "write it in quotes, or give a file as @FILE"
+            f"{option.label} takes JSON: {exc}", f"write it in quotes, or give a file as {file}"
         ) from None
 
 

@@ -154,6 +154,11 @@ def number(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
+def speed(per_s: float) -> str:
+    """So many a second: three digits that mean something."""
+    return f"{per_s:.0f}" if per_s >= 100 else f"{per_s:.3g}"
+
+
 def bar(share: float, width: int) -> str:
     """A bar of `width` columns, filled to `share` (0...1)."""
     filled = round(max(0.0, min(1.0, share)) * width)

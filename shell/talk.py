@@ -100,8 +100,14 @@ class Talk:
             self.ctx.say("")
         if self.stats and turn:
             self.ctx.say(answer_statistics(turn))
-        elif turn.get("finish_reason") == "length" and self.stays:
-            self.ctx.say("(the answer has reached max_tokens: /set max_tokens N allows more)")
+        if turn.get("finish_reason") == "length" and self.stays:
+            self._say_cut(int(turn.get("tokens") or 0))
+
+    def _say_cut(self, tokens: int) -> None:
+        if tokens >= int(self.conversation.settings().get("max_tokens") or 0):
+            self.ctx.say(f"(cut at {tokens} tokens: /set max_tokens N allows more)")
+        else:
+            self.ctx.say("(cut: the model's context is full; /clear makes room)")
 
     def say_error(self, message: str, hint: str) -> None:
         self.ctx.say(message + (f"\n  {hint}" if hint else ""))

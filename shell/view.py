@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from llmos.shell.client import Record
 from llmos.shell.context import Context
-from llmos.shell.render import clean, count, duration, fit, number, size
+from llmos.shell.render import clean, count, duration, fit, number, size, speed
 from llmos.shell.textout import TextOut, text_out
 
 LINE_EVERY_S = 5.0  # where there is no bar: often enough to see that it lives
@@ -240,7 +240,7 @@ def answer_statistics(result: Record) -> str:
     first, rate = result.get("first_token_s"), result.get("tokens_per_s")
     parts = [f"{result.get('tokens', 0)} tokens"]
     parts += [f"first after {first * 1000:.0f} ms"] if first is not None else []
-    parts += [f"{rate:.1f} tokens/s"] if rate else []
+    parts += [f"{speed(rate)} tokens/s"] if rate else []
     return " · ".join(parts)
 
 

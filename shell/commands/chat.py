@@ -12,7 +12,7 @@ from llmos.shell.chatinput import PipeReader, TerminalReader, quiet_keys
 from llmos.shell.commands.program import COMMON, launch
 from llmos.shell.context import Context
 from llmos.shell.options import Command, Option, Usage, Values
-from llmos.shell.render import count, fit
+from llmos.shell.render import count, fit, speed
 from llmos.shell.resolve import schema_of
 from llmos.shell.talk import (
     COMMANDS,
@@ -80,7 +80,7 @@ def toolbar(talk: Talk, limit: int | None) -> str:
     conversation, last = talk.conversation, talk.conversation.last
     parts = [str(conversation.args["model"]).rstrip("/").rpartition("/")[2]]
     if last.get("tokens_per_s"):
-        parts.append(f"{last['tokens_per_s']:.1f} tokens/s")
+        parts.append(f"{speed(last['tokens_per_s'])} tokens/s")
     used = context_used(last) if conversation.messages else 0
     parts.append(f"context {count(used)}{f'/{count(limit)}' if limit else ''} tokens")
     parts += [talk.name] if talk.name else []

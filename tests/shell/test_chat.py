@@ -50,7 +50,7 @@ def test_turns_are_answered_on_stdout(off: Site, chats: Chats, capsys: Captured)
     talk = converse(off, "hello", "", "again", "/bye", "never said")
     out, err = capsys.readouterr()
     assert out == "you said helloyou said again"
-    assert err == "3 tokens · first after 10 ms · 50.0 tokens/s\n" * 2
+    assert err == "3 tokens · first after 10 ms · 50 tokens/s\n" * 2
     assert talk.conversation.messages == said("hello", "you said hello", "again", "you said again")
     assert (talk.conversation.turns, talk.conversation.tokens) == (2, 6)
 
@@ -385,3 +385,17 @@ def test_nothing_to_regenerate_is_an_error(off: Site, chats: Chats) -> None:
         pytest.raises(Usage),
     ):
         conversation.forget_turn()
+
+
+def test_an_answer_that_was_cut_says_by_what(off: Site, chats: Chats, capsys: Captured) -> None:
+    chats.why = "length"
+    converse(off, "one", "/set max_tokens 3", "two", stays=True)
+    err = capsys.readouterr().err
+    assert "the model's context is full" in err
+    assert "cut at 3 tokens: /set max_tokens N allows more" in err
+
+
+def test_an_empty_answer_is_part_of_the_conversation(off: Site, chats: Chats) -> None:
+    chats.silent = True
+    talk = converse(off, "one")
+    assert talk.conversation.messages == said("one", "")

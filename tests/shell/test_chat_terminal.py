@@ -31,7 +31,7 @@ def terminal(off: Site, chats: Chats) -> Iterator[Terminal]:
 def test_a_conversation_from_the_first_word_to_ctrl_d(terminal: Terminal, chats: Chats) -> None:
     terminal.type("**hello**\r")
     terminal.expect("you said hello")
-    terminal.expect("50.0 tokens/s · context 10 tokens")
+    terminal.expect("50 tokens/s · context 10 tokens")
     assert b"\x1b[1mhello\x1b[0m" in terminal.output, "markdown is shown as such"
     terminal.type("\x03")
     terminal.expect(HOW_TO_LEAVE)

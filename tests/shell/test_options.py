@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmos.shell.helptext import command_help
-from llmos.shell.options import Command, Option, Usage, duration_s, from_schema, parse
+from llmos.shell.options import Command, Option, Usage, convert, duration_s, from_schema, parse
 
 RUN = (
     Option("model", "which", positional=True, required=True),
@@ -142,3 +143,24 @@ def test_help_fits_80_columns_and_tells_defaults_choices_and_examples() -> None:
     assert "default: 0.5" in text
     assert "one of auto, float32" in text
     assert "  llmos run m" in text
+
+
+def test_json_is_written_or_read_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    (tmp_path / "binary").write_bytes(b"\xff")
+    option = Option("schema", "", type="any")
+    assert convert(option, "[1, 2]") == [1, 2]
+    assert convert(option, "@schema.json") == {"type": "object"}
+    for word, says, hint in (
+        ("schema.json", "takes JSON", "a file as @schema.json"),
+        ("{", "takes JSON", "a file as @FILE"),
+        ("@none", "none cannot be read: No such file or directory", ""),
+        ("@binary", "binary is not UTF-8 text", ""),
+    ):
+        with pytest.raises(Usage) as error:
+            convert(option, word)
+        assert says in error.value.message
+        assert hint in error.value.hint

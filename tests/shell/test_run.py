@@ -110,7 +110,7 @@ def test_files_that_cannot_be_read_are_named(
     monkeypatch.setattr(promptfiles, "MOST_BYTES", 100)
     (tmp_path / "large").write_text("x" * 101)
     (tmp_path / "empty").touch()
-    for name, says in (("none", "none cannot be read: No such file"), ("large", "large has more than"),
+    for name, says in (("none", "none cannot be read: No such"), ("large", "large has more than"),
                        ("empty", "empty is empty"), ("", "Is a directory")):  # fmt: skip
         with pytest.raises(Usage, match=says):
             read_prompt(ctx, "x", [str(tmp_path / name)])

@@ -44,6 +44,8 @@ class Chats:
         self.killed: list[int] = []
         self.submitted: list[dict[str, Any]] = []
         self.interrupts = 0  # presses of Ctrl-C in the midst of the next answers
+        self.why = "stop"  # how an answer ends
+        self.silent = False  # an answer has no text
         self.endless = False  # an answer does not end by itself
         self.deaf = False  # it does not hear a stop
         self.knows = {"history", "end"}  # of the newer messages
@@ -101,12 +103,13 @@ class Chats:
                 for n in range(1, 42):
                     self.record(pid, kind="text", text=f"{n} ")
             case {"prompt": prompt}:
-                self.record(pid, kind="text", text=f"you said {prompt}")
+                if not self.silent:
+                    self.record(pid, kind="text", text=f"you said {prompt}")
                 if self.interrupts:
                     self.interrupts -= 1
                     os.kill(os.getpid(), signal.SIGINT)
                 else:
-                    self.turn(pid, 3, "stop")
+                    self.turn(pid, 3, self.why)
             case {"stop": True} if not self.deaf:
                 self.turn(pid, 1, "interrupted")
             case {"stop": True} if self.interrupts:
