@@ -96,8 +96,10 @@ class Talk:
 
     def answer(self, prompt: str) -> None:
         turn = self.conversation.turn(prompt)
-        if self.stays:
+        if self.ctx.stdout_is_terminal:
             self.ctx.say("")
+        elif turn and not self.conversation.messages[-1]["content"].endswith("\n"):
+            self.ctx.print()  # in a file or a pipe an answer ends its line
         if self.stats and turn:
             self.ctx.say(answer_statistics(turn))
         if turn.get("finish_reason") == "length" and self.stays:

@@ -13,15 +13,7 @@ from typing import Any, Self
 
 from llmos.shell.client import Record
 from llmos.shell.context import Context
-from llmos.shell.render import (
-    clean,
-    count,
-    duration,
-    fit,
-    number,
-    size,
-    speed,
-)  # fmt: skip
+from llmos.shell.render import clean, count, duration, fit, number, size, speed
 from llmos.shell.textout import TextOut, text_out
 
 LINE_EVERY_S = 5.0  # where there is no bar: often enough to see that it lives
@@ -144,9 +136,7 @@ class View:
         took = f" in {duration(self.elapsed_s)}" if self.elapsed_s else ""
         self._ctx.say(f"{self._label} is done{took}")
         width = max((len(key) for key in result), default=0)
-        self._ctx.lines(
-            f"{key.ljust(width)}  {_plain(key, value)}" for key, value in result.items()
-        )
+        self._ctx.lines(f"{key.ljust(width)}  {_plain(key, value)}" for key, value in result.items())
 
     def _text(self, text: str, index: int | None) -> None:
         if not text:

@@ -49,7 +49,7 @@ def said(*pairs: str) -> list[dict[str, str]]:
 def test_turns_are_answered_on_stdout(off: Site, chats: Chats, capsys: Captured) -> None:
     talk = converse(off, "hello", "", "again", "/bye", "never said")
     out, err = capsys.readouterr()
-    assert out == "you said helloyou said again"
+    assert out == "you said hello\nyou said again\n"
     assert err == "3 tokens · first after 10 ms · 50 tokens/s\n" * 2
     assert talk.conversation.messages == said("hello", "you said hello", "again", "you said again")
     assert (talk.conversation.turns, talk.conversation.tokens) == (2, 6)
@@ -61,7 +61,7 @@ def test_a_turn_that_is_refused_gives_the_prompt_back(
     talk = converse(off, "refuse", "hello")
     out, err = capsys.readouterr()
     assert "the prompt is too long" in err
-    assert out == "you said hello"
+    assert out == "you said hello\n"
     assert talk.conversation.messages == said("hello", "you said hello")
 
 
@@ -102,7 +102,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_answer(
 
 def test_ctrl_c_at_the_prompt_drops_the_line(off: Site, chats: Chats, capsys: Captured) -> None:
     converse(off, KeyboardInterrupt, "hello")
-    assert capsys.readouterr().out == "you said hello"
+    assert capsys.readouterr().out == "you said hello\n"
 
 
 # ---- the end of its process ----
@@ -124,7 +124,7 @@ def test_at_a_terminal_the_conversation_goes_on_in_a_new_process(
     before = said("one", "you said one", "die", "half an ans")
     assert {"pid": 2, "history": before} in chats.inputs
     assert talk.conversation.messages == before + said("two", "you said two")
-    assert out == "you said onehalf an ansyou said two"
+    assert out == "you said one\nhalf an ansyou said two\n"
 
 
 def test_a_process_that_ended_at_the_prompt_is_noticed_by_the_next_message(
