@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ps", "attach", "logs", "wait", "explain", "kill", "pause", "resume", "checkpoint",
         "nice", "renice",
     ),
-    "Models and services": ("models", "service", "call"),
+    "Models and services": ("models", "serve", "key", "service", "call"),
     "Help": ("help", "version"),
 }  # fmt: skip
 
