@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llmos.services.gateway import asked as requests
 from llmos.services.gateway import chat, completions, models
@@ -20,7 +19,7 @@ from llmos.services.gateway.guard import Guard
 from llmos.services.gateway.keys import Keys
 from llmos.services.gateway.metrics import CONTENT_TYPE
 from llmos.services.gateway.run import Runner, Whose
-from llmos.services.gateway.web import Events, answer, event_stream, read_json, refusal, while_there
+from llmos.services.gateway.web import Events, answer, event_stream, read_json, while_there
 
 Streamed = Callable[[Runner, Asked, Whose], Events]
 Whole = Callable[[Runner, Asked, Whose], Awaitable[Any]]
@@ -97,16 +96,25 @@ def whose(request: Request) -> Whose:
     return found
 
 
-async def _no_such(request: Request, exc: Exception) -> Response:
-    """What Starlette itself refuses: a path or a method that is not served."""
-    status = exc.status_code if isinstance(exc, HTTPException) else 500
-    message = f"Invalid URL ({request.method} {request.url.path})"
-    return refusal(ApiError(status, message, code="unknown_url"))
+class _Paths:
+    """The router. What it does not serve it raises, and so do the endpoints: the guard answers."""
+
+    def __init__(self, routes: list[Route]) -> None:
+        self._router = Router(routes, redirect_slashes=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        try:
+            await self._router(scope, receive, send)
+        except HTTPException as exc:
+            raise ApiError(
+                exc.status_code,
+                f"Invalid URL ({scope['method']} {scope['path']})",
+                code="unknown_url",
+                headers=dict(exc.headers or {}),
+            ) from None
 
 
 def make(runner: Runner, keys: Keys) -> ASGIApp:
     """The application that the server runs."""
-    inner = Starlette(
-        routes=list(Endpoints(runner).routes()), exception_handlers={HTTPException: _no_such}
-    )
-    return Guard(inner, runner.settings, keys, runner.metrics)
+    return Guard(_Paths(Endpoints(runner).routes()), runner.settings, keys, runner.metrics)

@@ -60,6 +60,10 @@ def no_model(name: str, hint: str = "") -> ApiError:
     )
 
 
+def no_model_here(message: str) -> ApiError:
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
 def not_found(what: str, name: str) -> ApiError:
     return ApiError(404, f"There is no {what} {name!r}.", code="not_found")
 
@@ -75,7 +79,7 @@ def api_error(exc: BaseException) -> ApiError:
         case ApiError():
             return exc
         case e.NoSuchThing() if "no model" in exc.message:
-            return ApiError(404, _sentence(exc), param="model", code="model_not_found")
+            return no_model_here(exc.message)
         case e.NoMemory():
             return ApiError(400, _sentence(exc), param="model", code="model_too_large")
         case e.NotAllowed():

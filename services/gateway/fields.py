@@ -144,7 +144,8 @@ class Fields:
     def done(self) -> None:
         """Raise for the first field that nobody has taken."""
         for name in self._left:
-            near = difflib.get_close_matches(name, self._taken, 1)
+            longer = sorted(n for n in self._taken if n.startswith(name))
+            near = longer or difflib.get_close_matches(name, self._taken, 1, 0.75)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise bad(
                 self._at + name,
