@@ -160,8 +160,8 @@ def _common(f: Fields) -> Asked:
     f.only("length_penalty", 1, 1.0)
     adapter = f.text("adapter")
     if adapter:
-        args["adapter"] = _name(adapter, "adapter")
-    asked.model = args["model"] = _name(asked.model, "model")
+        args["adapter"] = registry_name(adapter, "adapter")
+    asked.model = args["model"] = registry_name(asked.model, "model")
     asked.nice = f.count("priority", 0, -20, 19)
     asked.tier = f.choice("service_tier", TIERS, "auto")
     asked.cls = TIERS[asked.tier]
@@ -190,7 +190,7 @@ def _common(f: Fields) -> Asked:
     return asked
 
 
-def _name(model: str, param: str) -> str:
+def registry_name(model: str, param: str) -> str:
     """A name of the registry. Paths and hub names are for who has a shell on the machine."""
     if not model or "/" in model or model.startswith((".", "~")):
         raise ApiError(
@@ -437,3 +437,41 @@ def tools(f: Fields) -> list[dict[str, Any]]:
             "unsupported_parameter",
         )
     return [] if choice == "none" else found
+
+
+# ---- embeddings ----
+
+
+@dataclass
+class Embedding:
+    """A body of /v1/embeddings, understood."""
+
+    model: str
+    inputs: list[Any]  # texts, or lists of token ids
+    args: Args
+    base64: bool = False
+    nice: int = 0
+
+
+def embedding(body: Any) -> Embedding:
+    """A body of /v1/embeddings. Raises ApiError."""
+    f = Fields(body)
+    model = registry_name(f.text("model", required=True), "model")
+    value = f.required("input")
+    try:
+        inputs = [next(iter(p.values())) for p in prompts(value)]
+    except ApiError as exc:
+        raise bad(
+            (exc.param or "").replace("prompt", "input"), exc.message.replace("prompt", "input"),
+            exc.code,
+        ) from None  # fmt: skip
+    args: Args = {
+        "pooling": f.choice("pooling", ("mean", "last"), "mean"),
+        "normalize": f.flag("normalize", True),
+    }
+    as_base64 = f.choice("encoding_format", ("float", "base64"), "float") == "base64"
+    nice = f.count("priority", 0, -20, 19)
+    f.refuse("dimensions", "a vector cut short means something for models that were made for it")
+    f.ignore("user")
+    f.done()
+    return Embedding(model, inputs, args, as_base64, nice)

@@ -8,8 +8,8 @@ from llmos.services.gateway.answers import Answer, Gathered, Record, chat_logpro
 from llmos.services.gateway.asked import Asked
 from llmos.services.gateway.ids import new_id
 from llmos.services.gateway.run import Runner, Whose
+from llmos.services.gateway.sse import DONE, Events, event
 from llmos.services.gateway.toolcalls import calls_of, may_be_calls
-from llmos.services.gateway.web import DONE, Events, event
 
 ENDPOINT = "/v1/chat/completions"
 

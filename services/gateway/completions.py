@@ -16,7 +16,7 @@ from llmos.services.gateway.answers import (
 from llmos.services.gateway.asked import Asked
 from llmos.services.gateway.ids import new_id
 from llmos.services.gateway.run import Runner, Whose
-from llmos.services.gateway.web import DONE, Events, event
+from llmos.services.gateway.sse import DONE, Events, event
 
 ENDPOINT = "/v1/completions"
 

@@ -141,6 +141,11 @@ class Fields:
                 "unsupported_parameter",
             )
 
+    def rest(self) -> dict[str, Any]:
+        """Everything that nobody has taken yet: for whoever reads on."""
+        left, self._left = self._left, {}
+        return left
+
     def done(self) -> None:
         """Raise for the first field that nobody has taken."""
         for name in self._left:

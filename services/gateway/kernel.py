@@ -35,8 +35,11 @@ HANGUP = 1
 
 
 class Kernel:
-    def __init__(self, home: Path, timeout_s: float) -> None:
+    def __init__(self, home: Path, timeout_s: float, open_s: float = AWAY_S) -> None:
+        """`timeout_s`: a process that says nothing for so long is given up. `open_s`: how long
+        the first connection waits for a kernel."""
         self._home = home
+        self._open_s = open_s
         self._lines: list[AsyncClient] = []
         self._load: dict[AsyncClient, int] = {}
         self._opening = asyncio.Lock()
@@ -68,16 +71,21 @@ class Kernel:
             await self._reconnect(line, connection)
             return await do(line)
 
-    async def submit(self, program: str, args: Record, **options: Any) -> Process:
-        """An attached process. One whose submitter is cancelled meanwhile is ended."""
-        work = self.spawn(self._submit(program, args, options))
+    async def submit(
+        self, program: str, args: Record, *, patient: bool = False, **options: Any
+    ) -> Process:
+        """An attached process. One whose submitter is cancelled meanwhile is ended.
+
+        `patient`: it may wait for ever, for its quota too.
+        """
+        work = self.spawn(self._submit(program, args, patient, options))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             work.add_done_callback(_let_go)
             raise
 
-    async def _submit(self, program: str, args: Record, options: Record) -> Process:
+    async def _submit(self, program: str, args: Record, patient: bool, options: Record) -> Process:
         line = await self._line()
         self._load[line] += 1
         try:
@@ -87,7 +95,7 @@ class Kernel:
         except BaseException:
             self._load[line] -= 1
             raise
-        return Process(self, line, pid)
+        return Process(self, line, pid, patient)
 
     def ended(self, line: AsyncClient) -> None:
         self._load[line] -= 1
@@ -114,7 +122,7 @@ class Kernel:
         return line
 
     async def _open(self) -> AsyncClient:
-        deadline = time.monotonic() + AWAY_S
+        deadline = time.monotonic() + self._open_s
         while True:
             try:
                 line = await AsyncClient(self._home).connect()
@@ -143,8 +151,9 @@ def _let_go(work: asyncio.Task[Process]) -> None:
 class Process:
     """A process of the kernel, from its submission to its end; `end` it, or read it to the end."""
 
-    def __init__(self, kernel: Kernel, line: AsyncClient, pid: int) -> None:
+    def __init__(self, kernel: Kernel, line: AsyncClient, pid: int, patient: bool) -> None:
         self.pid = pid
+        self._patient = patient
         self.result: Record = {}
         self._kernel, self._line = kernel, line
         self._new: deque[Record] = deque()
@@ -170,7 +179,7 @@ class Process:
             else:
                 self._grown.clear()
                 try:
-                    async with asyncio.timeout(LOOK_S):
+                    async with asyncio.timeout(None if self._patient else LOOK_S):
                         await self._grown.wait()
                 except TimeoutError:
                     await self._look(time.monotonic() - quiet_since)

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -103,10 +104,11 @@ async def serve(home: Path, fd: int, settings: Settings, listener: socket.socket
 
     folder = home / "gateway"
     turnstile = Turnstile(settings.max_active, settings.max_waiting)
-    runner = Runner(Kernel(home, settings.timeout_s), settings, turnstile, Metrics(turnstile))
-    served = app.make(runner, Keys(folder))
+    metrics = Metrics(turnstile)
+    kernel = Kernel(home, settings.timeout_s)
+    endpoints = app.Endpoints(home, folder, Runner(kernel, metrics), settings, turnstile, metrics)
     config = uvicorn.Config(
-        served,
+        app.make(endpoints, Keys(folder)),
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -142,11 +144,13 @@ async def serve(home: Path, fd: int, settings: Settings, listener: socket.socket
 
         waiting = asyncio.ensure_future(end_when_abandoned())
         tell_started(fd)
+        endpoints.batches.resume()
         try:
             await server.serve(sockets=[listener])
         finally:
             waiting.cancel()
-            await runner.kernel.close()
+            await endpoints.batches.close()
+            await kernel.close()
 
 
 def identity(home: Path) -> dict[str, Any]:
@@ -163,6 +167,10 @@ def main() -> int:
     nowhere = home / "gateway" / "nowhere"
     nowhere.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.chdir(nowhere)
+    # Uploads are taken apart where they will lie, not where the machine has little room.
+    uploads = home / "gateway" / "uploads"
+    uploads.mkdir(mode=0o700, exist_ok=True)
+    tempfile.tempdir = str(uploads)
     try:
         check_installed()
         settings = configuration.load(home / "gateway")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import (
@@ -80,17 +81,15 @@ class Metrics:
         ):
             self.tokens.labels(kind).inc(int(result.get(key) or 0))
 
+    def pace(self, endpoint: str, began_s: float) -> Callable[[], None]:
+        """For one text: what is to be called when some of it has come."""
+        first, gap = self.first.labels(endpoint), self.gap.labels(endpoint)
+        last_s, begun = began_s, False
 
-class Pace:
-    """The times of one text: its first piece, and the gaps between the others."""
+        def came() -> None:
+            nonlocal last_s, begun
+            now = time.monotonic()
+            (gap if begun else first).observe(now - last_s)
+            last_s, begun = now, True
 
-    def __init__(self, metrics: Metrics, endpoint: str, began_s: float) -> None:
-        self._first = metrics.first.labels(endpoint)
-        self._gap = metrics.gap.labels(endpoint)
-        self._last_s, self._began = began_s, False
-
-    def came(self) -> None:
-        """Some text has just come."""
-        now = time.monotonic()
-        (self._gap if self._began else self._first).observe(now - self._last_s)
-        self._last_s, self._began = now, True
+        return came

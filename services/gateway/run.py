@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from llmos.services.gateway.answers import Gathered
 from llmos.services.gateway.asked import Args, Asked
 from llmos.services.gateway.kernel import Kernel, Process, Record
-from llmos.services.gateway.metrics import Metrics, Pace
-from llmos.services.gateway.settings import Settings
-from llmos.services.gateway.turnstile import Turnstile
 
 # Of the prompts of one request, so many are processes at a time.
 PROMPTS_AT_ONCE = 64
@@ -28,23 +25,35 @@ class Whose:
     user: str = ""
     owner: str = ""
     began_s: float = field(default_factory=time.monotonic)
+    patient: bool = False  # nobody waits at the other end: whatever it waits for will come
+
+
+class Meter(Protocol):
+    """Who counts what passes."""
+
+    def pace(self, endpoint: str, began_s: float) -> Callable[[], None]:
+        """-> what is to be called when some text has come."""
+        ...
+
+    def spent(self, result: Record) -> None:
+        """The result of a process that has ended."""
+        ...
 
 
 class Runner:
     """Makes processes of requests."""
 
-    def __init__(
-        self, kernel: Kernel, settings: Settings, turnstile: Turnstile, metrics: Metrics
-    ) -> None:
-        self.kernel, self.settings = kernel, settings
-        self.turnstile, self.metrics = turnstile, metrics
+    def __init__(self, kernel: Kernel, meter: Meter) -> None:
+        self.kernel, self.meter = kernel, meter
 
     @contextlib.asynccontextmanager
     async def process(
         self, program: str, args: Args, options: dict[str, Any], whose: Whose
     ) -> AsyncIterator[Process]:
         """A process that ends with the block."""
-        made = await self.kernel.submit(program, args, user=whose.user, **options)
+        made = await self.kernel.submit(
+            program, args, patient=whose.patient, user=whose.user, **options
+        )
         try:
             yield made
         finally:
@@ -62,15 +71,15 @@ class Runner:
         self, asked: Asked, prompt: Args, found: Gathered, whose: Whose, endpoint: str
     ) -> AsyncGenerator[list[Record], None]:
         """The records of one prompt as they come; at the end `found` has the result."""
-        pace = Pace(self.metrics, endpoint, whose.began_s)
+        came = self.meter.pace(endpoint, whose.began_s)
         args = {**asked.args, **prompt}
         async with self.process("infer", args, asked.options, whose) as process:
             async for batch in process.batches():
                 if any(record["kind"] == "text" for record in batch):
-                    pace.came()
+                    came()
                 yield batch
             found.end(process.result.get("result") or {})
-            self.metrics.spent(found.result)
+            self.meter.spent(found.result)
 
     async def gather_all(self, asked: Asked, whose: Whose, endpoint: str) -> list[Gathered]:
         """Every prompt of a request, some at a time. The first that fails ends the others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,10 +12,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from llmos.services.gateway.errors import ApiError, api_error, bad
+from llmos.services.gateway.sse import Events, event
 
 T = TypeVar("T")
-
-DONE = b"data: [DONE]\n\n"
 
 # A body must come within this, whatever its size; an upload is given longer.
 BODY_S = 60.0
@@ -77,17 +76,6 @@ def refusal(exc: BaseException) -> Response:
     """The answer to a request that failed."""
     error = api_error(exc)
     return JSONResponse(error.body(), error.status, error.headers)
-
-
-def event(value: Any, kind: str = "") -> bytes:
-    """One event of a stream."""
-    head = f"event: {kind}\n" if kind else ""
-    return (
-        f"{head}data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
-    )
-
-
-Events = AsyncGenerator[bytes, None]
 
 
 async def event_stream(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # from the manifest, through commands/program.py.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Machine": ("boot", "shutdown", "demo", "status", "mem", "plan", "top", "dmesg", "sim", "fsck"),
-    "Inference": ("run", "chat"),
+    "Inference": ("run", "chat", "batch"),
     "Processes": (
         "ps", "attach", "logs", "wait", "explain", "kill", "pause", "resume", "checkpoint",
         "nice", "renice",

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from support.gateway import NEW_ENGINE, Served, fields
+from support.gateway import NEW_ENGINE, Served, fields, refused, run_async
 
 pytestmark = pytest.mark.slow
 
@@ -31,25 +31,6 @@ def served() -> Iterator[Served]:
 def api(served: Served) -> Iterator[OpenAI]:
     with OpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
         yield client
-
-
-def run_async(served: Served, work: Any) -> Any:
-    async def main() -> Any:
-        async with AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
-            return await work(client)
-
-    return asyncio.run(main())
-
-
-def refused(kind: type[openai.APIStatusError], call: Any, **request: Any) -> dict[str, Any]:
-    """The error that a request is answered with."""
-    with pytest.raises(kind) as caught:
-        call(**request)
-    error = caught.value.body
-    assert isinstance(error, dict)
-    assert set(error) == {"message", "type", "param", "code"}
-    assert "Traceback" not in error["message"]
-    return error
 
 
 # ---- models ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import shutil
@@ -11,6 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI
 
 from llmos.shell import Client
 from support.machine import Machine, end, make_machine
@@ -93,3 +98,22 @@ class Served:
 def fields(**more: Any) -> dict[str, Any]:
     """A request to `tiny` whose answer is always the same."""
     return {"model": "tiny", "temperature": 0, "max_tokens": 8, **more}
+
+
+def run_async(served: Served, work: Any) -> Any:
+    async def main() -> Any:
+        async with AsyncOpenAI(base_url=served.url, api_key="none", max_retries=0) as client:
+            return await work(client)
+
+    return asyncio.run(main())
+
+
+def refused(kind: type[openai.APIStatusError], call: Any, **request: Any) -> dict[str, Any]:
+    """The error that a request is answered with."""
+    with pytest.raises(kind) as caught:
+        call(**request)
+    error = caught.value.body
+    assert isinstance(error, dict)
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in error["message"]
+    return error
