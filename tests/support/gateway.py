@@ -39,9 +39,9 @@ def until(true: Callable[[], Any], what: str, within_s: float = LIMIT_S) -> Any:
 
 class Served:
     """A booted machine with the models `tiny` (a chat template, 128 tokens), `plain` (none, 128
-    tokens) and `long` (8192), and its gateway."""
+    tokens) and `long` (8192); and its gateway, unless it is to have none."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, gateway: bool = True) -> None:
         self.machine: Machine = make_machine()
         self.home = self.machine.home
         models = self.home / "models"
@@ -50,7 +50,8 @@ class Served:
         make_gpt2(models / "plain")
         make_llama(models / "long", max_position_embeddings=8192)
         self.machine.ok("boot")
-        self.machine.ok("serve", "-d", "--port", "0", *flags)
+        if gateway:
+            self.machine.ok("serve", "-d", "--port", "0", *flags)
 
     @property
     def url(self) -> str:
