@@ -77,12 +77,7 @@ class Daemon(Service):
         if self._line is None or self._stopping:
             return
         self._stopping = True
-        with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(self._os_pid)
-            with contextlib.closing(os.fdopen(handle, closefd=True)):
-                signal.pidfd_send_signal(handle, signal.SIGTERM)
-                if not select.select([handle], [], [], END_S)[0]:
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
+        _end(self._os_pid)
         self._line.close()
 
     # ---- inside ----
@@ -99,15 +94,8 @@ class Daemon(Service):
                 return line
         except LlmosError as exc:
             sys.stdout.write(f"the server that was found is ended: {exc.message}\n")
-        os_pid = _peer_of(line)
+        _end(_peer_of(line))
         line.close()
-        with contextlib.suppress(ProcessLookupError):
-            handle = os.pidfd_open(os_pid)
-            signal.pidfd_send_signal(handle, signal.SIGTERM)
-            if not select.select([handle], [], [], END_S)[0]:
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-                select.select([handle], [], [], END_S)
-            os.close(handle)
         return None
 
     def _start(self) -> socket.socket:
@@ -160,6 +148,23 @@ class Daemon(Service):
             select.select([handle], [], [])
         if not self._stopping:
             self.give_up("lost its server: it died")
+
+
+def _end(os_pid: int) -> None:
+    """End a server; return when it is gone."""
+    try:
+        handle = os.pidfd_open(os_pid)
+    except ProcessLookupError:
+        return
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(handle, number)
+            if select.select([handle], [], [], END_S)[0]:
+                return
+    except ProcessLookupError:
+        return  # it has ended meanwhile
+    finally:
+        os.close(handle)
 
 
 def _dial(path: Path) -> socket.socket:

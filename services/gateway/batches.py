@@ -151,7 +151,7 @@ class _Run:
             if self._found["status"] == "cancelling":
                 self._finish("cancelled")
             elif self._found["status"] == "finalizing":
-                self._finish("completed")
+                self._finish("expired" if self._found["expired_at"] else "completed")
         except Exception as exc:  # noqa: BLE001  it is told by the batch
             self._fail([{"code": "failed", "message": api_error(exc).message, "line": None}])
 
@@ -201,13 +201,11 @@ class _Run:
                     self._save()
 
             await lines.run_all(left, ask, self._b.at_once)
-        expired = time.time() > self._found["expires_at"]
-        if expired and counts["failed"]:
-            self._save(expired_at=int(time.time()))
         self._save(status="finalizing", finalizing_at=int(time.time()))
 
     async def _ask(self, line: Line) -> Record:
         if time.time() > self._found["expires_at"]:
+            self._found["expired_at"] = int(time.time())
             return lines.expired(line, "batch_expired", "The window of the batch had ended.")
         try:
             return await lines.ask(self._b.runner, line, self._whose, cls=CLASS)
@@ -219,10 +217,13 @@ class _Run:
     def _finish(self, status: str) -> None:
         """The results become files."""
         for key, path in (("output_file_id", self._outputs), ("error_file_id", self._errors)):
-            if path.exists() and path.stat().st_size and not self._found[key]:
+            if path.exists() and path.stat().st_size:
+                # Named first: whoever finds the name and no file makes it from what is there.
+                self._found[key] = self._found[key] or new_id("file")
+                self._b.store.save(self._found)
+            if self._found[key]:
                 name = f"{self._found['id']}_{path.name}"
-                made = self._b.files.adopt(path, name, "batch_output", self._whose)
-                self._save(**{key: made["id"]})
+                self._b.files.adopt(self._found[key], path, name, "batch_output", self._whose)
         self._save(status=status, **{f"{status}_at": int(time.time())})
 
     def _fail(self, errors: list[Record]) -> None:

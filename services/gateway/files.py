@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
-from llmos.services.gateway.errors import bad
+from llmos.services.gateway.errors import ApiError, bad
 from llmos.services.gateway.fields import Fields
 from llmos.services.gateway.ids import new_id
 from llmos.services.gateway.run import Whose
@@ -23,6 +23,7 @@ from llmos.services.gateway.web import Gone, answer
 
 PURPOSES = ("batch", "fine-tune")
 MOST_NAME = 200
+UPLOAD_S = 3600.0
 
 _PIECE_BYTES = 1 << 20
 
@@ -38,17 +39,30 @@ class Files:
         self.store.load(name, whose)
         return self.store.path(name, "content")
 
-    def adopt(self, path: Path, filename: str, purpose: str, whose: Whose) -> Record:
-        """Make a file of the gateway's own from a finished one, which is moved."""
-        made = self.store.make(_object(filename, purpose, path.stat().st_size), whose)
-        os.rename(path, self.store.path(made["id"], "content"))
-        return made
+    def adopt(self, name: str, path: Path, filename: str, purpose: str, whose: Whose) -> None:
+        """Make a file `name` of a finished one, which is moved. Twice is harmless."""
+        content = self.store.path(name, "content")
+        content.parent.mkdir(mode=0o700, exist_ok=True)
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            os.rename(path, content)
+        made = _object(filename, purpose, content.stat().st_size)
+        self.store.save({**made, "id": name, "owner": whose.owner})
 
     # ---- over HTTP ----
 
     async def upload(self, request: Request, whose: Whose) -> Response:
         try:
-            form = await request.form(max_files=1, max_fields=8)
+            async with asyncio.timeout(UPLOAD_S):
+                form = await request.form(max_files=1, max_fields=8)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"The upload did not come in {UPLOAD_S:.0f} s.",
+                code="timed_out",
+                headers={"Connection": "close"},
+            ) from None
         except MultiPartException as exc:
             raise bad(None, f"The body of the request is no form: {exc.message}.") from None
         except ClientDisconnect:

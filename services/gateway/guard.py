@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmos.services.gateway.errors import ApiError, api_error
+from llmos.services.gateway.ids import new_id
 from llmos.services.gateway.keys import Keys
 from llmos.services.gateway.metrics import Metrics
 from llmos.services.gateway.run import Whose
@@ -38,13 +39,15 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: Metrics) -> None:
         self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics
+        self._own = pwd.getpwuid(os.getuid()).pw_name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began_s = time.monotonic()
-        told = _Told(send, self._cors(Headers(scope=scope)))
+        cors = self._cors(Headers(scope=scope))
+        told = _Told(send, {"X-Request-Id": new_id("req"), **cors})
         self._metrics.in_flight.inc()
         try:
             await self._serve(scope, receive, told, began_s)
@@ -58,14 +61,14 @@ class Guard:
 
     async def _serve(self, scope: Scope, receive: Receive, send: _Told, began_s: float) -> None:
         headers = Headers(scope=scope)
-        body = _Limited(receive, self._most_bytes(scope["path"]))
+        body = _Limited(receive, self._most_bytes(scope["path"]), headers)
         try:
             self._check_origin(headers)
             if scope["method"] == "OPTIONS" and "origin" in headers:
                 await send.empty(204)
                 return
             scope.setdefault("state", {})["whose"] = self._whose(scope["path"], headers, began_s)
-            body.check(headers)
+            body.check()
             await self._app(scope, body, send)
         except Gone:
             self._metrics.gone.inc()
@@ -141,10 +144,8 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        own = pwd.getpwuid(os.getuid()).pw_name
-        return Whose(
-            "" if key.user == own else key.user, "" if key.user == own else key.user, began_s
-        )
+        user = "" if key.user == self._own else key.user
+        return Whose(user, user, began_s)
 
     # ---- how much ----
 
@@ -158,14 +159,16 @@ class Guard:
 class _Limited:
     """A body that is refused when it is too large."""
 
-    def __init__(self, receive: Receive, most_bytes: int) -> None:
+    def __init__(self, receive: Receive, most_bytes: int, headers: Mapping[str, str]) -> None:
         self._receive, self._most_bytes = receive, most_bytes
         self._nbytes = 0
-        self.unread = True  # is there some of it that nobody has read?
-
-    def check(self, headers: Mapping[str, str]) -> None:
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > self._most_bytes:
+        self._length = int(length) if length.isdecimal() else 0
+        # Is there some of it that nobody has read?
+        self.unread = self._length > 0 or "transfer-encoding" in headers
+
+    def check(self) -> None:
+        if self._length > self._most_bytes:
             raise self._too_large()
 
     async def __call__(self) -> Message:
@@ -197,8 +200,7 @@ class _Told:
     async def __call__(self, message: Any) -> None:
         if message["type"] == "http.response.start":
             self.status, self.begun = message["status"], True
-            if self._headers:
-                MutableHeaders(scope=message).update(self._headers)
+            MutableHeaders(scope=message).update(self._headers)
         await self._send(message)
 
     async def empty(self, status: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmos.kernel.errors import LlmosError, NoKernel, from_wire
+from llmos.kernel.errors import BadArgument, LlmosError, NoKernel, from_wire
 from llmos.services.gateway.errors import ApiError, unavailable
 from llmos.shell import AsyncClient
 
@@ -92,6 +92,9 @@ class Kernel:
             pid = await self.ask(
                 lambda line: line.submit(program, args, attached=True, **options), line
             )
+        except (TypeError, ValueError, OverflowError) as exc:
+            self._load[line] -= 1
+            raise BadArgument(f"the request cannot be handed on: {exc}") from None
         except BaseException:
             self._load[line] -= 1
             raise

@@ -75,7 +75,7 @@ def understand(number: int, row: Any) -> Line:
     if "body" not in row:
         return _alone(number, row)
     url, name, body = row.get("url"), row.get("custom_id"), row["body"]
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name or not _is_text(name):
         raise ApiError(400, "custom_id is missing: a text that no other line has")
     if row.get("method", "POST") != "POST":
         raise ApiError(400, f"method is POST, not {row['method']!r}")
@@ -91,6 +91,13 @@ def understand(number: int, row: Any) -> Line:
     return Line(number, name, url, body)
 
 
+def _is_text(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _alone(number: int, row: Record) -> Line:
     """A line that is a body itself."""
     body = dict(row)
@@ -99,6 +106,8 @@ def _alone(number: int, row: Record) -> Line:
     found = [kind for kind in kinds if kind in body]
     if len(found) != 1:
         raise ApiError(400, "a line has a body, or one of prompt, messages and input")
+    if not _is_text(str(name)):
+        raise ApiError(400, "its id is no text")
     return Line(number, str(name), kinds[found[0]], body)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from llmos.kernel.errors import BadArgument, LlmosError, NotAllowed, ServiceFailed
+from llmos.kernel.units import parse_bytes
 from llmos.services.daemon_post import Post, tell_started
 from llmos.services.gateway import settings as configuration
 from llmos.services.gateway.keys import Keys
 from llmos.services.gateway.settings import Settings
+from llmos.services.host import keep_within
 
 # Connections that are taken by the system and not yet by us.
 BACKLOG = 1024
@@ -32,6 +35,8 @@ BACKLOG = 1024
 GRACE_S = 3
 
 KEEP_ALIVE_S = 75
+
+MEMORY = "1GiB"
 
 NEEDS = ("starlette", "uvicorn", "prometheus_client", "python_multipart")
 
@@ -171,6 +176,9 @@ def main() -> int:
     uploads = home / "gateway" / "uploads"
     uploads.mkdir(mode=0o700, exist_ok=True)
     tempfile.tempdir = str(uploads)
+    keep_within(parse_bytes(MEMORY))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a descriptor
     try:
         check_installed()
         settings = configuration.load(home / "gateway")

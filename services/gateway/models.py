@@ -10,8 +10,8 @@ from llmos.services.gateway.errors import no_model
 from llmos.services.gateway.kernel import Kernel, Record
 from llmos.services.gateway.run import Whose
 
-# What can answer. Others (a gan) are no language models.
-SERVED = ("causal-lm", "adapter")
+# What no request can be made of.
+NOT_SERVED = ("gan",)
 
 
 async def listed(kernel: Kernel, whose: Whose) -> Record:
@@ -29,7 +29,7 @@ async def one(kernel: Kernel, name: str, whose: Whose) -> Record:
 
 def _is_seen(model: Record, whose: Whose) -> bool:
     """Does the registry show it to whoever asks? The gateway itself may see all."""
-    if model["kind"] not in SERVED:
+    if model["kind"] in NOT_SERVED:
         return False
     if not whose.user or model["shared"]:
         return True

@@ -39,9 +39,12 @@ async def read_json(request: Request) -> Any:
     except ClientDisconnect:
         raise Gone from None
     try:
-        return json.loads(raw)
+        found = json.loads(raw)
+        if b"\\ud" in raw or b"\\uD" in raw:  # half of a pair is no text, and nobody could send it
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as exc:
         raise bad(None, f"The body of the request is not JSON: {exc}.", "invalid_json") from None
+    return found
 
 
 async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -130,6 +133,8 @@ class EventStream(Response):
                 task.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
             await self._events.aclose()
+        if self.client_went:
+            raise Gone
 
     async def _send(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}

@@ -76,8 +76,8 @@ def test_both_kinds_of_lines_are_answered(served: Served, tmp_path: Path) -> Non
 
 def test_damaged_lines_are_named_and_the_others_answered(served: Served, tmp_path: Path) -> None:
     requests = write(
-        tmp_path / "in.jsonl", "{", line(1), line(1), {"url": "/v1/x", "body": {}, "custom_id": "a"},
-        [1], line(2, temperature=9),
+        tmp_path / "in.jsonl", "{", line(1), line(1),
+        {"url": "/v1/x", "body": {}, "custom_id": "a"}, [1], line(2, temperature=9),
     )  # fmt: skip
     out = tmp_path / "out.jsonl"
     done = served.machine("batch", str(requests), "-o", str(out))

@@ -157,7 +157,20 @@ def test_who_comes_to_a_full_queue_hears_his_place(served: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b'"x"', b"[" * 5000, b'{"model": NaN}', b"\xff"]
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"[" * 5000,
+        b'{"model": NaN}',
+        b"\xff",
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "a", "seed": 1e400}',
+        b'{"model": "tiny", "prompt": "a", "guided_json": {"a": ' + b"9" * 30 + b"}}",
+    ],
 )
 def test_what_is_no_request_is_refused(served: Served, body: bytes) -> None:
     with served.connect() as line:
