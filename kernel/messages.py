@@ -46,6 +46,9 @@ ACK_AGAIN_S = 1.0
 # What workers say all the time, and what nothing follows from.
 _CHATTER = frozenset({"report", "mark", "alive", "idle"})
 
+# What a service says of itself is in every row of `service ls`.
+ABOUT_CHARS = 200
+
 # A worker that said so many things that make no sense is ended.
 MOST_NONSENSE = 20
 
@@ -353,6 +356,8 @@ class Inbox:
                 self._done(worker_id, pid, m)
             case "answer":
                 k.calls.answered(name, worker_id, m)
+            case "about":
+                k.services.says(name, worker_id, str(m["text"])[:ABOUT_CHARS])
             case "call":
                 number, method, args, limit_s = _call_of(m)
                 uid = k.calls.works_for(name)  # now: its answer may be right behind

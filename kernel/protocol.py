@@ -83,6 +83,7 @@ class Submit:
     deadline_s: float = 0.0  # be done in so many seconds from now; 0: whenever
     dry_run: bool = False
     any_size: bool = False  # with dry_run: answer also what no device here could hold
+    user: str = ""  # run as this user of the machine; only root's kernel for a group can
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`ls` -> [{name state why next_start_at pid os_pid restarts since memory_bytes calls ...}].
+    """`ls` -> [{name state about why next_start_at pid os_pid restarts since memory_bytes ...}].
 
     `start`, `stop`, `restart`, `enable` (start it at boot, too), `disable` NAME -> {name}, when it
     took effect. `reload` looks for what was installed, removed or changed, and starts, stops and

@@ -1,7 +1,8 @@
 """The supervised services: which there are, which run, and what people want of them.
 
 A service that somebody stopped stays stopped until it is started, or until the next boot; one that
-is disabled is not started at boot either, and that is remembered in the home.
+is disabled is not started at boot either, and that is remembered in the home. So is that one which
+is not started at boot by itself was enabled.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Services:
         self.pids: dict[str, int] = {}  # of each service's newest process
         self.started = asyncio.Event()
         self._code: dict[str, str] = {}  # what each was started with
-        self._disabled = self._read()
+        self._about: dict[str, tuple[str, str]] = {}  # (worker, what it says of itself)
+        self._disabled = self._read("disabled")
+        self._enabled = self._read("enabled")
 
     # ---- what there is ----
 
@@ -71,7 +74,7 @@ class Services:
         """Why it serves nobody now, nor within `soon_s`; None when it does, or soon will."""
         proc = self.process_of(name)
         if proc is None or not proc.live:
-            word = "disabled" if name in self._disabled else "stopped"
+            word = "stopped" if self.is_enabled(name) else "disabled"
             return ServiceFailed(f"service {name} is {word}", f"`llmos service start {name}`")
         wait_s = (proc.next_start_at or 0.0) - self._k.now()
         if proc.state is State.BACKOFF and wait_s > soon_s:
@@ -79,6 +82,15 @@ class Services:
             hint = f"`llmos service logs {name}`; `llmos service restart {name}` tries now"
             return ServiceFailed(why, hint)
         return None
+
+    def is_enabled(self, name: str) -> bool:
+        """Is it started at boot?"""
+        by_itself = self._known().get(name, {}).get("at_boot", True)
+        return name not in self._disabled and (by_itself or name in self._enabled)
+
+    def says(self, name: str, worker_id: str, text: str) -> None:
+        """What a service tells of itself, for `service ls`: where it listens, what it does."""
+        self._about[name] = (worker_id, text)
 
     def memory_bytes(self, name: str) -> int:
         """What it may use: the configuration says, or the service itself."""
@@ -96,7 +108,7 @@ class Services:
     def start_all(self) -> None:
         """At boot."""
         for name in sorted(self._known()):
-            if name not in self._disabled:
+            if self.is_enabled(name):
                 self._start(name)
         self.started.set()
 
@@ -112,7 +124,7 @@ class Services:
                 self.pids.pop(name, None)
                 del self._code[name]
             elif name not in self._code:
-                if name not in self._disabled:
+                if self.is_enabled(name):
                     self._start(name)
             elif live and now[name]["code"] != self._code[name]:
                 await self._stop(name)
@@ -150,6 +162,7 @@ class Services:
         """Start it, now and at each boot."""
         await self.described(name)
         self._disabled.discard(name)
+        self._enabled.add(name)
         self._write()
         return await self.start(name)
 
@@ -157,6 +170,7 @@ class Services:
         """Stop it, and do not start it at boot."""
         self._may_stop(name, await self.described(name))
         self._disabled.add(name)
+        self._enabled.discard(name)
         self._write()
         await self._stop(name)
         return {"name": name}
@@ -240,13 +254,15 @@ class Services:
         worker = self._k.core.m.worker_of(proc) if proc is not None else None
         live, host = proc is not None and proc.live, self._k.host
         backoff = proc is not None and proc.state is State.BACKOFF
-        stopped = "disabled" if name in self._disabled else "stopped"
+        stopped = "stopped" if self.is_enabled(name) else "disabled"
+        told_by, about = self._about.get(name, ("", ""))
         return {
             "name": name,
             "pid": proc.pid if proc else None,
             "state": str(proc.state) if proc and live else stopped,
-            "enabled": name not in self._disabled,
+            "enabled": self.is_enabled(name),
             "why": self._failure(proc) if proc and backoff else "",
+            "about": about if worker and worker.worker_id == told_by else "",
             "next_start_at": proc.next_start_at if proc and backoff else None,
             "os_pid": worker.os_pid if worker else None,
             "restarts": proc.restarts if proc else 0,
@@ -266,13 +282,15 @@ class Services:
 
     # ---- what the home remembers ----
 
-    def _read(self) -> set[str]:
+    def _read(self, which: str) -> set[str]:
+        """The services that are disabled, or enabled, by a person."""
         try:
-            return {str(name) for name in json.loads(self._k.home.services.read_text())["disabled"]}
+            told = json.loads(self._k.home.services.read_text())
+            return {str(name) for name in told.get(which, ())}
         except FileNotFoundError:
             return set()
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            log(f"{self._k.home.services} cannot be read, no service is disabled: {exc!r}")
+        except (OSError, ValueError, AttributeError, TypeError) as exc:
+            log(f"{self._k.home.services} cannot be read, no service is {which}: {exc!r}")
             return set()
 
     def _write(self) -> None:
@@ -280,7 +298,8 @@ class Services:
         aside = path.with_name(f".{path.name}")
         try:
             with aside.open("w") as file:
-                file.write(json.dumps({"disabled": sorted(self._disabled)}) + "\n")
+                told = {"disabled": sorted(self._disabled), "enabled": sorted(self._enabled)}
+                file.write(json.dumps(told) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             aside.rename(path)

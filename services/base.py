@@ -23,7 +23,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, overload
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, overload
 
 from llmos.kernel.errors import BadArgument, NoSuchThing, ServiceFailed
 from llmos.kernel.units import parse_bytes
@@ -61,6 +61,13 @@ class Caller(Protocol):
     def __call__(self, method: str, arguments: dict[str, Any], limit_s: float | None) -> Any: ...
 
 
+class Teller(Protocol):
+    """How a service speaks without being asked; from any thread."""
+
+    def about(self, text: str) -> None: ...
+    def give_up(self, why: str) -> NoReturn: ...
+
+
 class Service:
     """Base of all services. `home` is the llmos home."""
 
@@ -74,15 +81,36 @@ class Service:
     limit_s: ClassVar[float] = CALL_LIMIT_S  # of each call that names none of its own
     # Others cannot do without it: it can be restarted, and not be stopped.
     essential: ClassVar[bool] = False
+    # Started at boot by itself. Else it runs when somebody has started it, and at boot once it was
+    # enabled.
+    at_boot: ClassVar[bool] = True
 
     # Set by the host before there is an instance; by a test to what should answer instead.
     caller: ClassVar[Caller | None] = None
+    teller: ClassVar[Teller | None] = None
 
     def __init__(self, home: Path) -> None:
         self.home = home
 
     def close(self) -> None:
         """The host is about to end."""
+
+    def about(self, text: str) -> None:
+        """What `llmos service` shows beside its name from now on: where it listens, what it does.
+
+        From any thread.
+        """
+        if self.teller is not None:
+            self.teller.about(text)
+
+    def give_up(self, why: str) -> NoReturn:
+        """End at once: this process cannot go on serving. The kernel starts another one later.
+
+        From any thread.
+        """
+        if self.teller is None:
+            raise ServiceFailed(f"service {self.name} {why}")
+        self.teller.give_up(why)
 
     def call(self, method: str, /, *, limit_s: float | None = None, **arguments: Any) -> Any:
         """Call another service ("models.ls"); only inside a call or the constructor.
@@ -119,6 +147,7 @@ def describe(cls: type[Service]) -> dict[str, Any]:
         "summary": cls.summary,
         "memory_bytes": parse_bytes(memory) if isinstance(memory, str) else int(memory),
         "essential": cls.essential,
+        "at_boot": cls.at_boot,
         "calls": {name: _describe_call(cls, fn) for name, fn in calls_of(cls).items()},
     }
 

@@ -68,15 +68,17 @@ class Line:
         self._messages: deque[dict[str, Any]] = deque()
         self._numbers = itertools.count(1)
         self._thread = threading.get_ident()
+        self._writing = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> None:
-        self._connection.sendall(pack(message))
+        self.send_packed(pack(message))
 
     def close(self) -> None:
         self._connection.close()
 
     def send_packed(self, frame: bytes) -> None:
-        self._connection.sendall(frame)
+        with self._writing:  # a thread of the service's may say something, too
+            self._connection.sendall(frame)
 
     def next(self) -> dict[str, Any] | None:
         """The next message; None when the kernel is gone."""
@@ -148,6 +150,8 @@ class Host:
             service: Service = cls(home)
             keep_within(self._memory_bytes)
             return service
+        except LlmosError as exc:
+            self.give_up(f"cannot start: {exc.message}" + (f" ({exc.hint})" if exc.hint else ""))
         except (Exception, SystemExit) as exc:  # noqa: BLE001  whatever a plugin raises
             traceback.print_exc()
             self.give_up(f"cannot start: {told(exc)}")
@@ -253,6 +257,11 @@ class Host:
         wire = {key: str(value)[:TOLD_CHARS] for key, value in error.to_wire().items()}
         return pack({"k": "answer", "id": number, "error": wire})
 
+    def about(self, text: str) -> None:
+        """Tell what the service is at (llmos.services.base.Teller)."""
+        with contextlib.suppress(OSError):  # the kernel has gone: so will this process
+            self._line.send({"k": "about", "text": text})
+
     def give_up(self, why: str) -> NoReturn:
         """End at once, and say why: the kernel tells the callers, and starts another."""
         with contextlib.suppress(OSError):
@@ -314,7 +323,7 @@ def main() -> int:
     line = Line(socket.socket(fileno=int(number)))
     host = Host(line, name, int(memory_bytes))
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # it is a log
-    Service.caller = line.call
+    Service.caller, Service.teller = line.call, host
     hello = {"k": "hello", "proto": 1, "worker_id": name, "os_pid": os.getpid(), "loaded": True}
     line.send(hello)
     try:

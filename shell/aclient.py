@@ -164,11 +164,15 @@ class AsyncClient:
         restart: str = "no",
         deadline_s: float = 0.0,
         hang_s: float | None = None,
+        user: str = "",
     ) -> int:
-        """Run a program -> its pid. `attached`: it is killed when this connection goes."""
+        """Run a program -> its pid. `attached`: it is killed when this connection goes.
+
+        `user`: whose process it is; only root says so, to a kernel that serves a group.
+        """
         request = await self._submission(
             program, args, name=name, nice=nice, cls=cls, device=device,
-            attached=attached, restart=restart, deadline_s=deadline_s, hang_s=hang_s,
+            attached=attached, restart=restart, deadline_s=deadline_s, hang_s=hang_s, user=user,
         )  # fmt: skip
         pid = int((await self.ask(request))["pid"])
         if attached:
@@ -322,6 +326,11 @@ class AsyncClient:
 
     # ---- for streams ----
 
+    def forget(self, request: p.Request) -> None:
+        """A process has been read to its end: nobody comes back for it."""
+        if isinstance(request, p.Attach):
+            self._owned.discard(request.pid)
+
     async def begin(self, request: p.Request) -> int:
         """Send a request -> its id."""
         if self._writer is None:
@@ -418,11 +427,13 @@ class AsyncStream(AsyncIterator[Any]):
                 return value[self._key]
             case Result(value):
                 self._ended = True
+                self._client.forget(self._request)
                 self.result = dict(value or {})
                 self.offset = self.result.get("offset", self.offset)
                 raise StopAsyncIteration
             case Failure(error):
                 self._ended = True
+                self._client.forget(self._request)
                 raise error
 
     async def close(self) -> None:

@@ -153,11 +153,15 @@ class Client:
         restart: str = "no",
         deadline_s: float = 0.0,
         hang_s: float | None = None,
+        user: str = "",
     ) -> int:
-        """Run a program -> its pid. `attached`: it is killed when this connection goes."""
+        """Run a program -> its pid. `attached`: it is killed when this connection goes.
+
+        `user`: whose process it is; only root says so, to a kernel that serves a group.
+        """
         request = self._submission(
             program, args, name=name, nice=nice, cls=cls, device=device,
-            attached=attached, restart=restart, deadline_s=deadline_s, hang_s=hang_s,
+            attached=attached, restart=restart, deadline_s=deadline_s, hang_s=hang_s, user=user,
         )  # fmt: skip
         pid = int(self.ask(request)["pid"])
         if attached:
@@ -305,6 +309,11 @@ class Client:
 
     # ---- for streams ----
 
+    def forget(self, request: p.Request) -> None:
+        """A process has been read to its end: nobody comes back for it."""
+        if isinstance(request, p.Attach):
+            self._owned.discard(request.pid)
+
     def begin(self, request: p.Request) -> int:
         """Send a request -> its id."""
         request_id, data = self._session.send(request)
@@ -407,11 +416,13 @@ class Stream(Iterator[Any]):
                 return value[self._key]
             case Result(value):
                 self._ended = True
+                self._client.forget(self._request)
                 self.result = dict(value or {})
                 self.offset = self.result.get("offset", self.offset)
                 raise StopIteration
             case Failure(error):
                 self._ended = True
+                self._client.forget(self._request)
                 raise error
 
     def _next_answer(self, timeout_s: float | None) -> Answer:

@@ -136,7 +136,9 @@ class View:
         took = f" in {duration(self.elapsed_s)}" if self.elapsed_s else ""
         self._ctx.say(f"{self._label} is done{took}")
         width = max((len(key) for key in result), default=0)
-        self._ctx.lines(f"{key.ljust(width)}  {_plain(key, value)}" for key, value in result.items())
+        self._ctx.lines(
+            f"{key.ljust(width)}  {_plain(key, value)}" for key, value in result.items()
+        )
 
     def _text(self, text: str, index: int | None) -> None:
         if not text:

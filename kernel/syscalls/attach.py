@@ -22,7 +22,7 @@ async def handle(
         await kernel.adopted.wait()  # an engine may know it
         access.check(kernel, request, client)
     proc = kernel.core.m.find(request.pid)
-    if request.own and proc.attached and proc.uid == client.uid:
+    if request.own and proc.attached and access.is_own(client, proc):
         kernel.has_owner(proc.pid)
         client.attached.add(proc.pid)
     path, offset = kernel.home.work(proc.pid) / "stream", request.offset

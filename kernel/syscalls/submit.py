@@ -8,14 +8,23 @@ import difflib
 import hashlib
 import json
 import os
+import pwd
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmos.kernel import access, adapters, admission, arguments, forecast, protocol, restarts
 from llmos.kernel import events as ev
 from llmos.kernel.connection import Connection
-from llmos.kernel.errors import BadArgument, Busy, HomeUnusable, LlmosError, NoSuchThing
+from llmos.kernel.errors import (
+    BadArgument,
+    Busy,
+    HomeUnusable,
+    LlmosError,
+    NoSuchThing,
+    NotAllowed,
+)
 from llmos.kernel.journal import journaled
 from llmos.kernel.kernel import Kernel
 from llmos.kernel.names import user_name
@@ -24,6 +33,7 @@ from llmos.kernel.syscalls import checkpoint
 from llmos.kernel.syscalls.renice import deadline_at
 
 MOST_HANG_S = 30 * 86_400.0
+FORGET_EVERY = 1024  # so many attached processes of a connection: then those that ended go
 MAX_NAME = 200  # it is in every row of `ps`
 OUTPUT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -37,6 +47,7 @@ async def handle(kernel: Kernel, request: protocol.Submit, client: Connection) -
     if not request.dry_run:
         kernel.health.check()
     schema = _schema(kernel, request.program)
+    client = _for_user(kernel, request, client)
     access.check_rank(client, request, schema["default_class"])
     _check_room(kernel, client)
     await _first_checkpoints(kernel, schema, request, client)
@@ -80,6 +91,31 @@ async def _keep_engine(kernel: Kernel, asked: Process) -> dict[str, Any]:
     return {"pid": pid}
 
 
+@dataclass(slots=True)
+class _OnBehalf:
+    """A connection of root's that submits for somebody else, who may do no more by that."""
+
+    uid: int
+    attached: set[int]
+
+
+def _for_user(kernel: Kernel, request: protocol.Submit, client: Connection) -> Connection:
+    """Whose process it becomes. Raises NotAllowed, NoSuchThing."""
+    if not request.user or request.user == user_name(client.uid):
+        return client
+    if kernel.group is None or not access.is_admin(client.uid):
+        raise NotAllowed(
+            f"a process of {request.user} cannot be made here",
+            "only root submits for others, to a kernel that serves a group (`boot --group`)",
+        )
+    try:
+        return _OnBehalf(pwd.getpwnam(request.user).pw_uid, client.attached)
+    except KeyError:
+        raise NoSuchThing(
+            f"there is no user {request.user!r}", "`getent passwd` lists them"
+        ) from None
+
+
 async def _withdraw(kernel: Kernel, pid: int) -> None:
     """It was not acknowledged, so it must not run."""
     with contextlib.suppress(LlmosError):
@@ -115,6 +151,10 @@ def _enter(
 ) -> None:
     """Into the table; from now on the process ends with its client, if it is to."""
     if proc.attached:
+        if len(client.attached) % FORGET_EVERY == FORGET_EVERY - 1:  # a gateway submits for months
+            procs = kernel.core.m.procs
+            gone = {pid for pid in client.attached if pid not in procs or not procs[pid].live}
+            client.attached.difference_update(gone)
         client.attached.add(proc.pid)
     kernel.post(ev.Submitted(proc, engine))
 

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 # from the manifest, through commands/program.py.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Machine": ("boot", "shutdown", "demo", "status", "mem", "plan", "top", "dmesg", "sim", "fsck"),
-    "Inference": ("run", "chat"),
+    "Inference": ("run", "chat", "batch"),
     "Processes": (
         "ps", "attach", "logs", "wait", "explain", "kill", "pause", "resume", "checkpoint",
         "nice", "renice",
     ),
-    "Models and services": ("pull", "models", "load", "unload", "service", "call"),
+    "Models and services": (
+        "pull", "models", "load", "unload", "serve", "key", "service", "call",
+    ),
     "Help": ("help", "version"),
 }  # fmt: skip
 

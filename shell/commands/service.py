@@ -76,7 +76,7 @@ def _about(s: Record, now: float) -> str:
     """Why it is as it is, where that is not well; else what it is."""
     if s.get("next_start_at"):
         return f"again in {max(0.0, s['next_start_at'] - now):.0f}s: {s['why']}"
-    return s["why"] or s.get("summary") or ""
+    return s["why"] or s.get("about") or s.get("summary") or ""
 
 
 def _reload(ctx: Context, found: Record, as_json: bool) -> int:

@@ -224,8 +224,9 @@ def test_a_model_in_the_making_answers_before_its_first_checkpoint(llmos: Machin
 
 
 def test_a_service_is_restarted_and_not_killed(llmos: Machine) -> None:
-    (service,) = llmos.json("service", "ls")
+    service = next(s for s in llmos.json("service", "ls") if s["name"] == "models")
     assert "llmos service restart models" in wrong(llmos, "kill", str(service["pid"]))
     llmos.ok("service", "restart", "models")
-    assert llmos.json("service", "ls")[0]["os_pid"] != service["os_pid"]
+    again = next(s for s in llmos.json("service", "ls") if s["name"] == "models")
+    assert again["os_pid"] != service["os_pid"]
     assert "tiny" in llmos.ok("models")

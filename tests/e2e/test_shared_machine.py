@@ -178,6 +178,20 @@ def test_only_root_makes_a_process_more_important(m: Machine, two: Two) -> None:
     ask(m, two.ann, p.Kill(pid))
 
 
+def test_root_submits_for_others_and_nobody_else_does(m: Machine, two: Two) -> None:
+    pid = int(m.ask(p.Submit("spin", {"steps": 100_000}, user=two.ann))["pid"])
+    m.until_step(pid, 2)
+    assert m.row(pid)["user"] == two.ann
+    assert os.stat(f"/proc/{m.worker_of(pid)}").st_uid == pwd.getpwnam(two.ann).pw_uid
+    ask(m, two.ann, p.Kill(pid))
+    with pytest.raises(NotAllowed, match="cannot be made here"):
+        as_user(two.ann, lambda: m.ask(p.Submit("spin", {"steps": 1}, user=two.bob)))
+    with pytest.raises(NotAllowed, match="nice below 0"):  # he could not do it himself
+        m.ask(p.Submit("spin", {"steps": 1}, nice=-1, user=two.ann))
+    with pytest.raises(NoSuchThing, match="no user"):
+        m.ask(p.Submit("spin", {"steps": 1}, user="nobody-of-that-name"))
+
+
 @pytest.mark.parametrize(
     "request_",
     [p.Shutdown(), p.Dmesg(), p.Services("reload"),

@@ -281,6 +281,41 @@ async def test_a_stopped_service_stays_stopped_until_it_is_started(live: Live) -
     assert (await live.ask(p.Services("start", "climate")))["pid"] == started["pid"]
 
 
+ASKED_FOR = """
+from llmos.services.base import Service, call
+
+class Shop(Service):
+    name = "shop"
+    summary = "Open when somebody opens it"
+    at_boot = False
+
+    @call
+    def move(self, place: str) -> None:
+        self.about(place)
+"""
+
+
+@in_kernel
+async def test_one_that_is_not_started_at_boot_is_there_when_it_is_wanted(
+    live: Live, site: Path
+) -> None:
+    install(site, "shop_mod", ASKED_FOR, services={"shop": "shop_mod:Shop"})
+    await live.ask(p.Services("reload"))
+    shown = await row(live, "shop")
+    assert (shown["state"], shown["enabled"], shown["about"]) == ("disabled", False, "")
+    await live.ask(p.Services("start", "shop"))
+    await call(live, "shop.move", place="at the corner")
+    shown = await row(live, "shop")
+    assert (shown["about"], shown["enabled"]) == ("at the corner", False)
+    await live.ask(p.Services("enable", "shop"))
+    assert json.loads(live.kernel.home.services.read_text())["enabled"] == ["shop"]
+    await live.ask(p.Services("restart", "shop"))
+    assert (await row(live, "shop"))["about"] == ""  # what the one before it said
+    await live.ask(p.Services("disable", "shop"))
+    uninstall(site, "shop_mod")
+    await live.ask(p.Services("reload"))
+
+
 @in_kernel
 async def test_a_call_that_is_being_served_ends_before_its_service_is_restarted(live: Live) -> None:
     calling = live.talk.begin(p.Call("rogue.floods_its_log", {"lines": 5_000}, 20.0))
