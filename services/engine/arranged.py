@@ -72,7 +72,7 @@ def arranged(config: PreTrainedConfig, kind: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=code_is_allowed()
-        )
+        )  # type: ignore[no-untyped-call]
     model.eval().requires_grad_(False)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = type(head) is nn.Linear and type(embedding) is nn.Embedding

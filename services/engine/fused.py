@@ -1,12 +1,13 @@
 """The layers of decoders like Llama in two calls: one before attention, one behind it.
 
 For a token at a time most of a layer's time is not that of its products, but of the thirty small
-operations around them. These layers do the same in the same order (norm, queries and keys and values,
-turn, attention, output, norm, gate and up, down), and call the engine's attention as transformers does.
-Sums are rounded to the model's type where they leave a call, which is less often than it was.
+operations around them. These layers do the same in the same order (norm, queries and keys and
+values, turn, attention, output, norm, gate and up, down), and call the engine's attention as
+transformers does. Sums are rounded to the model's type where they leave a call, which is less often
+than it was.
 
-The modules inside stay, and are used one by one where somebody has put another in the place of one of
-them (an adapter), or hooked onto it.
+The modules inside stay, and are used one by one where somebody has put another in the place of one
+of them, or something around it (an adapter).
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
@@ -164,8 +165,8 @@ class FusedLayer:
 
 
 def _is_untouched(part: Any) -> bool:
-    """Whether nobody has put something around a module. Who has put a `forward` of his own there can
-    say that it changes nothing for the moment, by a function `adds_nothing` beside it."""
+    """Whether nobody has put something around a module. Who has put a `forward` of his own there
+    can say that it changes nothing for the moment, by a function `adds_nothing` beside it."""
     if part._forward_hooks or part._forward_pre_hooks:
         return False
     if "forward" not in part.__dict__:

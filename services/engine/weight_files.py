@@ -41,7 +41,6 @@ class WeightFile:
     """A mapped file. `memory` may be written to: such pages become this process's own."""
 
     path: Path
-    tensors: Table
     memory: mmap.mmap
     start: int  # where the first tensor begins
 
@@ -76,24 +75,30 @@ def path_of(folder: Path, model: Path, key: Key) -> Path:
     return folder / f"{model.name}-{digest}.weights"
 
 
-def opened(path: Path, key: Key) -> WeightFile | None:
+def opened(path: Path, key: Key, table: Table) -> WeightFile | None:
     """The file, mapped; None when it is not there, or not what it should be."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), path.open("rb") as file:
         found = os.fstat(file.fileno())
         header, start = _header(file.read(PAGE), file)
-        right = header["key"] == key and found.st_uid == os.geteuid()
+        right = header["key"] == key and header["tensors"] == table
+        right = right and found.st_uid == os.geteuid()
         if right and found.st_size == start + header["bytes"]:
             with contextlib.suppress(OSError):  # it was used now
                 os.utime(path)
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             if hasattr(mmap, "MADV_WILLNEED"):
                 memory.madvise(mmap.MADV_WILLNEED)
-            return WeightFile(path, header["tensors"], memory, start)
+            return WeightFile(path, memory, start)
     return None
 
 
 def make(
-    path: Path, key: Key, source: Path, table: Table, nbytes: int, fill: Callable[[memoryview], None]
+    path: Path,
+    key: Key,
+    source: Path,
+    table: Table,
+    nbytes: int,
+    fill: Callable[[memoryview], None],
 ) -> None:
     """Write a file: `fill` gets its memory, zeros, to write the tensors to.
 
@@ -119,7 +124,7 @@ def make(
             os.link(file.name, path)
         except FileExistsError:
             # Another process made it meanwhile, or what is there is damaged.
-            if opened(path, key) is None:
+            if opened(path, key, table) is None:
                 os.link(file.name, f"{file.name}-whole")
                 os.replace(f"{file.name}-whole", path)
     _sync(path.parent)

@@ -1,12 +1,12 @@
-"""Load the weights of a model for an engine: as it multiplies with them, mapped where that is possible.
+"""Load the weights of a model for an engine: as it multiplies with them, mapped where possible.
 
     kind       on a CPU with the kernels of `native`             else
     float32    panels, mapped                                    (in, out), private
     bfloat16   panels, mapped                                    oneDNN's blocks, private
     int8       panels, mapped                                    rows and scales, private
 
-Only for models whose forward is known to call its linear layers and nothing else (`PANEL_TYPES`); all
-others, and all on a GPU, keep their weights as they come.
+Only for models whose forward is known to call its linear layers and nothing else (`PANEL_TYPES`);
+all others, and all on a GPU, keep their weights as they come.
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
@@ -37,7 +37,14 @@ from llmos.services.engine.arranged import (
     takes_panels,
 )
 from llmos.services.engine.layout import lay_out
-from llmos.services.model.load import load_causal_lm, load_config, resolve_dtype, weight_files as files_of
+from llmos.services.model.load import (
+    load_causal_lm,
+    load_config,
+    resolve_dtype,
+)
+from llmos.services.model.load import (
+    weight_files as files_of,
+)
 
 # Another number when panels, or their places, are not what they were.
 LAYOUT_VERSION = 1
@@ -46,11 +53,16 @@ INT8 = "int8"
 
 
 def load(
-    ref: str, dtype: str, device: str, home: Path, note: Callable[[str], None] = lambda text: None
+    ref: str,
+    dtype: str,
+    device: str,
+    home: Path | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Any:
     """The model on the device, laid out, in evaluation mode. Raises BadInput, BadArgument.
 
-    `note` is told in one line what a person may want to know (weights that cannot be kept).
+    Without a home nothing is kept: the weights are private. `note` is told in one line what a
+    person may want to know.
     """
     config = load_config(ref)
     kind, computed = kind_and_dtype(config, dtype, device)
@@ -61,7 +73,14 @@ def load(
         return model
     model = arranged(config, kind, computed)
     folder = folder_of(ref)
-    _take(model, folder, kind, computed, home, note)
+    try:
+        if home is None:
+            _fill_private(model, folder)
+        else:
+            _bind_file(model, folder, home, _how(kind, computed))
+    except OSError as exc:
+        note(f"the weights are this engine's alone: {exc.strerror or exc}")
+        _fill_private(model, folder)
     settle(model)
     with contextlib.suppress(OSError):  # most models have one
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -94,39 +113,27 @@ def folder_of(ref: str) -> Path:
     return Path(found).parent
 
 
-def _take(
-    model: Any, folder: Path, kind: str, computed: torch.dtype, home: Path,
-    note: Callable[[str], None],
-) -> None:  # fmt: skip
-    """Bind a model to the file that holds its weights, made now if it has to be."""
-    try:
-        how = {
-            "layout": str(LAYOUT_VERSION),
-            "kind": kind,
-            "dtype": _name(computed),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
-        key = weight_files.key_of(folder, files_of(folder), how)
-        path = weight_files.path_of(weight_files.folder_in(home), folder, key)
-        table = [[p.name, str(p.dtype), list(p.shape), p.offset] for p in places(model)]
-        found = weight_files.opened(path, key)
-        if found is None or found.tensors != table:
-            path.unlink(missing_ok=True)
-            weight_files.make(
-                path, key, folder.resolve(), table, size_of(model),
-                lambda memory: _fill(model, torch.frombuffer(memory, dtype=torch.uint8), folder),
-            )  # fmt: skip
-            found = weight_files.opened(path, key)
-        if found is None:
-            raise OSError(f"{path} cannot be read back")
-    except OSError as exc:
-        note(f"the weights are this engine's alone: {exc.strerror or exc}")
-        memory = torch.empty(size_of(model) + ALIGNMENT, dtype=torch.uint8)
-        _fill(model, memory[-memory.data_ptr() % ALIGNMENT :], folder)
-        return
+def _bind_file(model: Any, folder: Path, home: Path, how: dict[str, str]) -> None:
+    """Bind a model to the file with its weights, made now if it has to be. Raises OSError."""
+    key = weight_files.key_of(folder, files_of(folder), how)
+    path = weight_files.path_of(weight_files.folder_in(home), folder, key)
+    table = [[p.name, str(p.dtype), list(p.shape), p.offset] for p in places(model)]
+    found = weight_files.opened(path, key, table)
+    if found is None:
+        weight_files.make(
+            path, key, folder.resolve(), table, size_of(model),
+            lambda memory: _fill(model, torch.frombuffer(memory, dtype=torch.uint8), folder),
+        )  # fmt: skip
+        found = weight_files.opened(path, key, table)
+    if found is None:
+        raise OSError(f"{path} cannot be read back")
     whole = torch.frombuffer(found.memory, dtype=torch.uint8)
     bind(model, whole[found.start :])
+
+
+def _fill_private(model: Any, folder: Path) -> None:
+    memory = torch.empty(size_of(model) + ALIGNMENT, dtype=torch.uint8)
+    _fill(model, memory[-memory.data_ptr() % ALIGNMENT :], folder)
 
 
 def _fill(model: Any, memory: Tensor, folder: Path) -> None:
@@ -138,6 +145,17 @@ def _as_stored(folder: Path) -> Any:
     """The model as transformers loads it, of the type of its file, so that it stays mapped."""
     stored = getattr(load_config(folder).get_text_config(), "dtype", None)
     return load_causal_lm(folder, "bfloat16" if stored == torch.bfloat16 else "float32")
+
+
+def _how(kind: str, computed: torch.dtype) -> dict[str, str]:
+    """What a file depends on, beside the model's own files."""
+    return {
+        "layout": str(LAYOUT_VERSION),
+        "kind": kind,
+        "dtype": _name(computed),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 from llmos.services.engine.native.build import Unavailable, built
 
@@ -76,6 +77,6 @@ def why_not() -> str:
     return found if isinstance(found, str) else ""
 
 
-def _typed(function: ctypes._CFuncPtr, arguments: list[type]) -> ctypes._CFuncPtr:
+def _typed(function: Any, arguments: list[type]) -> Any:
     function.argtypes, function.restype = arguments, None
     return function
