@@ -93,7 +93,9 @@ class FusedLayer:
         **kwargs: Any,
     ) -> Tensor:
         told = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
-        if not self._is_plain():
+        turns = position_embeddings if self._turned else None
+        part_only = turns is not None and turns[0].shape[-1] != self._dim
+        if part_only or not self._is_plain():
             return self._unfused(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -103,7 +105,7 @@ class FusedLayer:
             )
         values = hidden_states.contiguous()
         half, threads = values.dtype == torch.bfloat16, torch.get_num_threads()
-        q, k, v = self._before(values, position_embeddings, half, threads)
+        q, k, v = self._before(values, turns, half, threads)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self._attention.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -133,7 +135,7 @@ class FusedLayer:
         return out
 
     def _before(
-        self, values: Tensor, positions: tuple[Tensor, Tensor] | None, half: bool, threads: int
+        self, values: Tensor, turns: tuple[Tensor, Tensor] | None, half: bool, threads: int
     ) -> list[Tensor]:
         """Tokens (batch, tokens, width) -> queries, keys, values (batch, heads, tokens, dim)."""
         batch, tokens, _ = values.shape
@@ -141,14 +143,14 @@ class FusedLayer:
             torch.empty(batch, tokens, width // self._dim, self._dim, dtype=values.dtype)
             for width in self._widths
         ]
-        turns: list[Tensor | None] = [None, None]
-        if self._turned and positions is not None:
-            wanted = batch, tokens, self._dim
-            turns = [part.to(values.dtype).expand(wanted).contiguous() for part in positions]
+        wanted = batch, tokens, self._dim
+        parts: list[Tensor | None] = [None, None]
+        if turns is not None:
+            parts = [part.to(values.dtype).expand(wanted).contiguous() for part in turns]
         self._kernels.before(
             self._at,
             values.data_ptr(),
-            *(None if part is None else part.data_ptr() for part in turns),
+            *(None if part is None else part.data_ptr() for part in parts),
             *(part.data_ptr() for part in made),
             batch * tokens,
             half,

@@ -130,12 +130,11 @@ class PanelEmbedding(nn.Module):
         self._kernels = ready()
 
     def forward(self, ids: Tensor) -> Tensor:
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.panels.outputs:
-            raise IndexError(f"a token is not among the {self.panels.outputs} of the vocabulary")
-        ids = ids.contiguous()
+        ids = ids.to(torch.int64).contiguous()
         out = torch.empty((*ids.shape, self.panels.inputs), dtype=self._dtype)
-        half = self._dtype == torch.bfloat16
-        self._kernels.rows(self._at, ids.data_ptr(), out.data_ptr(), ids.numel(), half)
+        count, half = ids.numel(), self._dtype == torch.bfloat16
+        if self._kernels.rows(self._at, ids.data_ptr(), out.data_ptr(), count, half) != count:
+            raise IndexError(f"a token is not among the {self.panels.outputs} of the vocabulary")
         return out
 
 

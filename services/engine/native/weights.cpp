@@ -252,7 +252,7 @@ Share share(int64_t count) {
     return {count * thread / threads, count * (thread + 1) / threads};
 }
 
-// A panel of `w`, its outputs `first`... go to y (rows of `stride` numbers), with `add` if there is one.
+// Where the sums with `w` go: y (rows of `stride` numbers), with `add` if there is one.
 template <typename Y>
 struct Target {
     const Matrix* w;
@@ -614,12 +614,16 @@ void llmos_norm(const void* x, const void* weight, double epsilon, void* y, int6
                    static_cast<float*>(y) + r * size);
 }
 
-// Some outputs' weights as rows: an embedding that shares its numbers with the last layer.
-void llmos_rows(const Matrix* w, const int64_t* outputs, void* y, int64_t rows, int half) {
-    for (int64_t r = 0; r < rows; ++r)
+// Some outputs' weights as rows: an embedding that shares its numbers with the last layer. -> how many
+// were made: fewer than `rows` where an output is not there.
+int64_t llmos_rows(const Matrix* w, const int64_t* outputs, void* y, int64_t rows, int half) {
+    for (int64_t r = 0; r < rows; ++r) {
+        if (outputs[r] < 0 || outputs[r] >= w->n) return r;
         if (half)
             row(*w, outputs[r], static_cast<bf16*>(y) + r * w->k);
         else
             row(*w, outputs[r], static_cast<float*>(y) + r * w->k);
+    }
+    return rows;
 }
 }

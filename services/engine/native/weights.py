@@ -54,6 +54,7 @@ class Kernels:
         self.after = _typed(loaded.llmos_after, [*[_P] * 4, _L, _I, _I])
         self.norm = _typed(loaded.llmos_norm, [_P, _P, _D, _P, _L, _L, _I])
         self.rows = _typed(loaded.llmos_rows, [_P, _P, _P, _L, _I])
+        self.rows.restype = _L
 
 
 _state: dict[str, Kernels | str] = {}
