@@ -117,7 +117,7 @@ def _differs(paged: PagedModel, ids: Tensor, expected: Tensor) -> str:
     paged.release(text)
     paged.release(other)
     off = float((torch.cat(found).float() - expected.float()).norm() / expected.float().norm())
-    if off <= _TOLERANCE.get(expected.dtype, 5e-2):
+    if off <= _TOLERANCE.get(paged.model.dtype, 5e-2):
         return ""
     return f"its attention differs by {off:.0%}"
 

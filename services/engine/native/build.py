@@ -73,6 +73,8 @@ def _folder() -> Path:
 
 def _key(source: Path, compiler: str, flags: tuple[str, ...]) -> str:
     key = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        key.update(header.read_bytes())
     key.update(" ".join((*flags, _run([compiler, "--version"]), processor())).encode())
     return key.hexdigest()[:16]
 

@@ -11,7 +11,6 @@
 //
 // Plain C interface for ctypes. OpenMP's runtime is not linked: the symbols are those of the process.
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -23,6 +22,8 @@
 #if !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
 #error "these kernels are for AVX-512 with VNNI"
 #endif
+
+#include "avx512.h"
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
@@ -54,51 +55,11 @@ constexpr int64_t LINE = 128;        // bytes
 constexpr int MOST_ROWS = 6;         // tokens whose sums with two panels are in registers at once
 constexpr int64_t NEAR = 512 << 10;  // bytes of tokens that stay in a core's second cache
 
-using bf16 = uint16_t;
-
 // ---- numbers ----
-
-inline __mmask16 mask(int64_t left) {
-    return left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
-}
-
-inline __m512 widen(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-}
-
-inline __m512 load(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
-inline __m512 load(const bf16* p, __mmask16 m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
-
-// To the nearest, ties to even; a NaN stays one.
-inline __m256i narrow(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    up = _mm512_mask_or_epi32(up, nan, bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
-}
-
-inline void store(float* p, __m512 x, __mmask16 m) { _mm512_mask_storeu_ps(p, m, x); }
-inline void store(bf16* p, __m512 x, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, narrow(x)); }
-
-inline __m512 rounded(__m512 x, const float*) { return x; }
-inline __m512 rounded(__m512 x, const bf16*) { return widen(narrow(x)); }
-
-inline __m512 exp(__m512 x) {
-    x = _mm512_min_ps(_mm512_max_ps(_mm512_set1_ps(-104.0f), x), _mm512_set1_ps(88.7f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
-    __m512 y = _mm512_set1_ps(1.98756915e-4f);
-    for (float c : {1.39819995e-3f, 8.33345205e-3f, 4.16657962e-2f, 1.66666655e-1f, 0.5f, 1.0f, 1.0f})
-        y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(y, n);
-}
 
 inline __m512 silu(__m512 x) {
     const __m512 negative = _mm512_sub_ps(_mm512_setzero_ps(), x);
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp(negative)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(negative)));
 }
 
 // ---- one tile: the sums of some tokens with one or two panels ----
@@ -124,10 +85,6 @@ struct Panel {
 // The sums of `ROWS` tokens; two vectors for each panel.
 using Tile = __m512[MOST_ROWS][4];
 using Multiply = void (*)(int64_t k, const Tokens& x, int64_t row, const Panel* panels, Tile& out);
-
-// The loops over registers are unrolled by hand, as it were: where the compiler does it late, it keeps
-// the sums in memory.
-#define UNROLL _Pragma("GCC unroll 8")
 
 template <int ROWS, int PANELS>
 void multiply_float32(int64_t k, const Tokens& x, int64_t row, const Panel* panels, Tile& out) {
