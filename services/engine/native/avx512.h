@@ -44,7 +44,8 @@ inline __m512 exponential(__m512 x) {
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
     __m512 y = _mm512_set1_ps(1.98756915e-4f);
-    for (float c : {1.39819995e-3f, 8.33345205e-3f, 4.16657962e-2f, 1.66666655e-1f, 0.5f, 1.0f, 1.0f})
+    for (float c : {1.39819995e-3f, 8.33345205e-3f, 4.16657962e-2f, 1.66666655e-1f, 0.5f, 1.0f,
+                    1.0f})
         y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(c));
     return _mm512_scalef_ps(y, n);
 }

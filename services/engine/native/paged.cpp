@@ -3,8 +3,8 @@
 // Plain C interface for ctypes; no header of torch, so that it builds in a second. OpenMP's runtime
 // is not linked: the symbols are those of the process, which is torch's own, with its threads.
 //
-// A pool is one array of blocks. Inside a block, of one layer: keys (size, heads, dim), then values;
-// the strides are given in elements. Numbers are float32 or bfloat16 (the upper half of a float32).
+// A pool is one array of blocks. Inside a block, of one layer: keys (size, heads, dim), then
+// values; the strides are given in elements. Numbers are float32 or bfloat16 (the upper half of a float32).
 
 #include <algorithm>
 #include <cmath>
@@ -318,8 +318,8 @@ void decode_any(const Shape& s, const void* layer, const void* q, const int32_t*
 
 extern "C" {
 
-// `tokens` new keys (or values), each (kv_heads, dim), to their places. `slots`: block * block_size +
-// place in it. The source has the strides that a projection leaves: per token, per head.
+// `tokens` new keys (or values), each (kv_heads, dim), to their places. `slots`: block * block_size
+// + place in it. The source has the strides that a projection leaves: per token, per head.
 void llmos_store(void* layer, const void* from, const int64_t* slots, int tokens, int kv_heads,
                  int dim, int block_size, int64_t block_stride, int64_t token_stride,
                  int64_t head_stride, int item) {

@@ -1,15 +1,16 @@
 // The products of a decoder with its weights, for one token at a time and for thousands.
 //
-// A weight (n outputs, k inputs) lies in panels of 32 outputs. A panel is a row of 128-byte lines; a
-// line has the 32 outputs, each with as many neighbouring inputs as fit 32 bits: 1 of float32, 2 of
-// bfloat16, 4 of int8. Outputs and inputs are padded with zeros to whole lines. So one token costs one
-// pass over memory in its order, and many tokens take the same lines from the cache.
+// A weight (n outputs, k inputs) lies in panels of 32 outputs. A panel is a row of 128-byte lines;
+// a line has the 32 outputs, each with as many neighbouring inputs as fit 32 bits: 1 of float32, 2
+// of bfloat16, 4 of int8. Outputs and inputs are padded with zeros to whole lines. So one token
+// costs one pass over memory in its order, and many tokens take the same lines from the cache.
 //
-// int8 has one scale for each output. Tokens are taken as whole numbers of 16 bits with one scale for
-// each token, in two bytes: two sums of products of bytes, exact, are joined at the end. That is finer
-// than bfloat16, at half of the memory.
+// int8 has one scale for each output. Tokens are taken as whole numbers of 16 bits with one scale
+// for each token, in two bytes: two sums of products of bytes, exact, are joined at the end. That
+// is finer than bfloat16, at half of the memory.
 //
-// Plain C interface for ctypes. OpenMP's runtime is not linked: the symbols are those of the process.
+// Plain C interface for ctypes. OpenMP's runtime is not linked: its symbols are those of the
+// process, which has torch's.
 
 #include <omp.h>
 
@@ -137,8 +138,8 @@ void multiply_bfloat16(int64_t k, const Tokens& x, int64_t row, const Panel* pan
 
 using Bytewise = __m512i[2][MOST_ROWS][4];
 
-// The sums over the upper and over the lower bytes of tokens, as numbers. Not inlined: the sums of the
-// loop before it would not stay in registers.
+// The sums over the upper and over the lower bytes of tokens, as numbers. Not inlined: the sums of
+// the loop before it would not stay in registers.
 __attribute__((noinline)) void joined(const Bytewise& both, const float* scales, int rows,
                                       const Panel* panels, int vectors, Tile& out) {
     for (int p = 0; p < vectors; ++p) {
@@ -228,7 +229,8 @@ int64_t panels_of(const Matrix& w) { return (w.n + PANEL - 1) / PANEL; }
 
 // Every tile of tokens with these one or two panels; `done(row, rows, tile)` takes the sums.
 template <typename Done>
-void tiles(const Matrix& w, const Tokens& x, Share rows, const Panel* panels, int count, Done done) {
+void tiles(const Matrix& w, const Tokens& x, Share rows, const Panel* panels, int count,
+           Done done) {
     const int64_t most = w.kind == INT8 && count == 2 ? MOST_ROWS / 2 : MOST_ROWS;
     const int64_t all = rows.to - rows.from, parts = (all + most - 1) / most;
     for (int64_t part = 0; part < parts; ++part) {
@@ -240,7 +242,8 @@ void tiles(const Matrix& w, const Tokens& x, Share rows, const Panel* panels, in
     }
 }
 
-// Panels among the threads, so that each weight is read once; tokens where panels do not come out even.
+// Panels among the threads, so that each weight is read once; tokens where panels do not come out
+// even.
 struct Split {
     Share panels, rows;
 };
@@ -288,11 +291,12 @@ void product(const Target<Y>* targets, int count, const Tokens& x, int64_t rows)
             index[p] = at - before;
             panels[p] = panel_of(*of[p]->w, index[p]);
         }
-        tiles(*targets[0].w, x, part.rows, panels, number, [&](int64_t row, int64_t many, Tile& tile) {
+        const auto done = [&](int64_t row, int64_t many, Tile& tile) {
             for (int64_t r = 0; r < many; ++r)
                 for (int p = 0; p < 2 * number; ++p)
                     put<T>(*of[p / 2], index[p / 2], p % 2, row + r, tile[r][p]);
-        });
+        };
+        tiles(*targets[0].w, x, part.rows, panels, number, done);
     }
 }
 
@@ -571,8 +575,8 @@ void llmos_norm(const void* x, const void* weight, double epsilon, void* y, int6
                    static_cast<float*>(y) + r * size);
 }
 
-// Some outputs' weights as rows: an embedding that shares its numbers with the last layer. -> how many
-// were made: fewer than `rows` where an output is not there.
+// Some outputs' weights as rows: an embedding that shares its numbers with the last layer. -> how
+// many were made: fewer than `rows` where an output is not there.
 int64_t llmos_rows(const Matrix* w, const int64_t* outputs, void* y, int64_t rows, int half) {
     for (int64_t r = 0; r < rows; ++r) {
         if (outputs[r] < 0 || outputs[r] >= w->n) return r;
