@@ -67,7 +67,7 @@ class Host:
         self._loaded.model.routing = self._adapters.routing
         self._sessions: dict[int, Served] = {}
         self._pace = Pace()
-        self._spill = Spill(model, loaded.dtype)
+        self._spill = Spill(model, (dtype, loaded.dtype))
         self._steps = 0
         self.floor = ALL_CLASSES
 
