@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from llmos.services.engine import native
+from llmos.services.engine.native import paged
 from llmos.services.engine.pool import BLOCK_TOKENS, Pool
 
 NAME = "llmos_paged"
@@ -54,7 +54,7 @@ class Step:
         ]
         self.slots = torch.tensor(slots, dtype=torch.int64, device=self.device)
         self.tables, self.lengths = self._tables(spans[: self.singles])
-        self.library = native.library() if self._fits_native() else None
+        self.library = paged.library() if self._fits_native() else None
         self.threads = torch.get_num_threads()
         if self.library is None and self.singles:
             self._prepare_padded()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from llmos.services.engine.replay import replay
 from llmos.services.engine.sampling import Choice, choose, score
 from llmos.services.engine.session import Answer, ChatSession, InferSession, Served, Session
 from llmos.services.engine.spill import FILE, Spill
+from llmos.services.engine.weights import load
 from llmos.services.model import safepoints
-from llmos.services.model.load import load_causal_lm, load_tokenizer
+from llmos.services.model.load import load_tokenizer
 from llmos.services.programs.base import Context, Done, Gate, Guest, Idle, Report
 from llmos.services.programs.chat import Chat
 from llmos.services.programs.embed import Embed
@@ -53,21 +55,25 @@ class Host:
     """One loaded model and the sessions of its guests."""
 
     def __init__(
-        self, model: str, dtype: str, device: str, threads: int, gate: Gate, kv_bytes: int = 0
-    ) -> None:
+        self, model: str, dtype: str, device: str, threads: int, gate: Gate, kv_bytes: int = 0,
+        home: Path | None = None,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
         with gate.away():
-            loaded: Any = load_causal_lm(model, dtype)
+            loaded: Any = load(model, dtype, device, home, print)
             tokenizer = load_tokenizer(model)
         budget = kv_bytes or kv_budget(loaded.config.get_text_config(), loaded.dtype)
-        self._loaded = Loaded(loaded.to(device), tokenizer, budget)
+        self._loaded = Loaded(loaded, tokenizer, budget)
         safepoints.install(loaded, gate)
         self._adapters = Adapters(loaded, loaded.dtype)
         self._loaded.model.routing = self._adapters.routing
         self._sessions: dict[int, Served] = {}
         self._pace = Pace()
         self._memories = Memories(
-            self._loaded.model, Spill(model, loaded.dtype), self._pace, self._sessions.values
+            self._loaded.model,
+            Spill(model, (dtype, loaded.dtype)),
+            self._pace,
+            self._sessions.values,
         )
         self._steps = 0
         self.floor = ALL_CLASSES

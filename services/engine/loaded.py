@@ -1,4 +1,4 @@
-"""A model of an engine with all that belongs to it: weights laid out, blocks, tokenizer, limits."""
+"""A model of an engine with all that belongs to it: blocks, tokenizer, limits."""
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llmos.services.engine import attention
-from llmos.services.engine.layout import lay_out
 from llmos.services.engine.model import ALL, Model, PagedModel, StatefulModel, Work
 from llmos.services.engine.plan import kv_shape
 
@@ -32,7 +31,6 @@ class Loaded:
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.stop_ids = stop_ids(model, tokenizer)
         self.why_stateful = ""
-        lay_out(model)
         self.model = self._face(model, kv_bytes)
         limits = [n for n in (context_tokens(model.config), self.model.capacity()) if n is not None]
         self.context_tokens = min(limits, default=None)
@@ -119,7 +117,7 @@ def _differs(paged: PagedModel, ids: Tensor, expected: Tensor) -> str:
     paged.release(text)
     paged.release(other)
     off = float((torch.cat(found).float() - expected.float()).norm() / expected.float().norm())
-    if off <= _TOLERANCE.get(expected.dtype, 5e-2):
+    if off <= _TOLERANCE.get(paged.model.dtype, 5e-2):
         return ""
     return f"its attention differs by {off:.0%}"
 

@@ -6,19 +6,15 @@ From the headers of the weight files and config.json: nothing is loaded.
 
 from __future__ import annotations
 
-import json
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils.hub import cached_file
 
-from llmos.kernel.errors import BadInput
 from llmos.services.engine.cache import GuestCache
-from llmos.services.engine.layout import BETWEEN_BYTES, packs, widens
 from llmos.services.engine.pool import BLOCK_TOKENS, KvShape
+from llmos.services.engine.weights import kind_and_dtype
+from llmos.services.engine.weights_plan import plan_weights
 from llmos.services.model.dryrun import Books
 from llmos.services.model.footprint import with_layers
 from llmos.services.model.load import (
@@ -26,12 +22,8 @@ from llmos.services.model.load import (
     code_is_allowed,
     load_config,
     load_tokenizer,
-    resolve_dtype,
-    weight_files,
 )
 from llmos.services.programs.base import Footprint, Segment, planned_device
-
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # What an engine's guests share: so many tokens, and at least one long text. Recurrent models keep
 # one state for each guest.
@@ -53,28 +45,17 @@ def plan_engine(model: str, dtype: str, kv_bytes: int = 0) -> Footprint:
     load_tokenizer(model)
     whole = load_config(model)
     config = whole.get_text_config()
-    asked = resolve_dtype(dtype)
-    cpu = planned_device() == "cpu"
-    packed = packs(config.model_type, asked, planned_device())
-    segments = _weights(_folder(model), asked, packed)
-    if cpu and config.tie_word_embeddings and (packed or asked == torch.float32):
-        # The output layer is the embedding, but is held once more in a layout of its own.
-        head_bytes = config.vocab_size * config.hidden_size * asked.itemsize
-        segments.append(Segment("weights", head_bytes))
-    context = (CONTEXT_BYTES if cpu else 0) + (_twice(_folder(model), asked) if packed else 0)
-    segments += [
-        Segment("kv", kv_bytes or kv_budget(config, asked)),
-        Segment("activations", _activations(whole, asked, min(_context(config), PLANNED_TOKENS))),
-        Segment("context", context),
-    ]
-    return Footprint(tuple(segments))
-
-
-def _twice(folder: Path, asked: torch.dtype) -> int:
-    """While weights are packed, the largest is there twice, and some others are."""
-    shapes = [shape for file in weight_files(folder) for _, _, shape in _tensors(file)]
-    counts = [prod(shape) for shape in shapes]
-    return min(sum(counts) * asked.itemsize, max(BETWEEN_BYTES, max(counts) * asked.itemsize))
+    weights = plan_weights(model, whole, dtype)
+    context = CONTEXT_BYTES if planned_device() == "cpu" else 0
+    tokens = min(_context(config), PLANNED_TOKENS)
+    return Footprint(
+        (
+            *weights.segments,
+            Segment("kv", kv_bytes or kv_budget(config, weights.dtype)),
+            Segment("activations", _activations(whole, weights.dtype, tokens)),
+            Segment("context", context + weights.loading_bytes),
+        )
+    )
 
 
 def _activations(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> int:
@@ -106,10 +87,11 @@ def _activations(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> i
 
 def plan_guest(model: str, dtype: str, tokens: int | None) -> Footprint:
     """The cache of one guest that sees `tokens` tokens at most (None: a full context)."""
-    config = load_config(model).get_text_config()
-    limit = _context(config)
-    tokens = min(limit, PLANNED_TOKENS if tokens is None else tokens)
-    return Footprint((Segment("kv", kv_bytes(config, resolve_dtype(dtype), tokens)),))
+    whole = load_config(model)
+    config = whole.get_text_config()
+    _, computed = kind_and_dtype(whole, dtype, planned_device())
+    tokens = min(_context(config), PLANNED_TOKENS if tokens is None else tokens)
+    return Footprint((Segment("kv", kv_bytes(config, computed, tokens)),))
 
 
 def kv_bytes(config: Any, dtype: torch.dtype, tokens: int) -> int:
@@ -145,43 +127,3 @@ def kv_budget(config: Any, dtype: torch.dtype) -> int:
 
 def _context(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or PLANNED_TOKENS)
-
-
-def _weights(folder: Path, asked: torch.dtype, packed: bool) -> list[Segment]:
-    """A file whose tensors are used as they are is mapped and shared; every copy is private."""
-    segments, private_bytes = [], 0
-    for path in weight_files(folder):
-        tensors = _tensors(path)
-        if packed or any(dtype != asked for dtype, _, _ in tensors):
-            private_bytes += sum(prod(shape) for _, _, shape in tensors) * asked.itemsize
-            continue
-        segments.append(Segment("weights", path.stat().st_size, shared=str(path.resolve())))
-        if asked == torch.float32:
-            turned = [shape for _, name, shape in tensors if _is_turned(name, shape)]
-            private_bytes += sum(prod(shape) for shape in turned) * asked.itemsize
-    return [*segments, Segment("weights", private_bytes)] if private_bytes else segments
-
-
-def _is_turned(name: str, shape: list[int]) -> bool:
-    """At most these are copied by engine.layout: a plan cannot tell a layer from a table."""
-    return len(shape) == 2 and "embed" not in name and widens(shape[0], shape[1])
-
-
-def _tensors(path: Path) -> list[tuple[torch.dtype | None, str, list[int]]]:
-    """(stored type, name, shape) of each tensor; from the header: 8 bytes of length, then JSON."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return [(_STORED.get(t["dtype"]), name, t["shape"]) for name, t in header.items()]
-
-
-def _folder(model: str) -> Path:
-    """Where the model's files lie: the folder itself, or the hub's cache."""
-    if Path(model).is_dir():
-        return Path(model)
-    found = cached_file(model, "config.json")
-    if found is None:
-        raise BadInput(
-            f"no model {model}", "give a name of `llmos models`, a folder, or a hub name"
-        )
-    return Path(found).parent

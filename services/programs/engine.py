@@ -73,7 +73,10 @@ class Engine(Program):
         allow_code(self.args.trust_remote_code)
         threads = self.args.threads or ctx.threads
         kv_bytes = _kv_bytes(self.args.kv_memory)
-        self._host = Host(self.args.model, self.args.dtype, ctx.device, threads, ctx.gate, kv_bytes)
+        args = self.args
+        self._host = Host(
+            args.model, args.dtype, ctx.device, threads, ctx.gate, kv_bytes, ctx.home
+        )  # fmt: skip
 
     def step(self, ctx: Context) -> Report | Idle:
         return self._host.step(ctx)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmos.kernel.errors import BadInput
+from llmos.services.engine.native import weights as native
 from llmos.services.programs.base import Guest, Idle, Report
 from llmos.services.programs.engine import Engine
 from support.run_program import FakeContext, Run, admit, make_context
@@ -251,12 +252,19 @@ def test_two_runs_of_an_engine_hold_no_cache_of_guests_that_ended(
     assert not run.program._host._sessions
 
 
-def test_weights_that_need_no_cast_are_planned_as_shared(llama: Path) -> None:
-    same, cast = (Engine.plan(Engine.Args(str(llama), dtype=d)) for d in ("float32", "bfloat16"))
-    assert [s.shared for s in same.segments if s.shared] == [str(llama / "model.safetensors")]
-    assert not [s for s in cast.segments if s.shared]
-    kinds = {s.kind for s in cast.segments}
-    assert kinds == {"weights", "kv", "activations", "context"}
+def test_weights_are_planned_as_shared_where_they_are_mapped(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shared(dtype: str) -> list[str]:
+        segments = Engine.plan(Engine.Args(str(llama), dtype=dtype)).segments
+        assert {s.kind for s in segments} == {"weights", "kv", "activations", "context"}
+        return [s.shared for s in segments if s.shared]
+
+    if native.kernels() is not None:
+        assert shared("float32") == [f"{llama}#float32"]
+    monkeypatch.setitem(native._state, "found", "no compiler")
+    assert shared("float32") == [str(llama / "model.safetensors")]
+    assert shared("bfloat16") == []  # packed, or cast
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path: Path, llama: Path) -> None:

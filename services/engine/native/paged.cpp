@@ -3,14 +3,21 @@
 // Plain C interface for ctypes; no header of torch, so that it builds in a second. OpenMP's runtime
 // is not linked: the symbols are those of the process, which is torch's own, with its threads.
 //
-// A pool is one array of blocks. Inside a block, of one layer: keys (size, heads, dim), then values;
-// the strides are given in elements. Numbers are float32 or bfloat16 (the upper half of a float32).
+// A pool is one array of blocks. Inside a block, of one layer: keys (size, heads, dim), then
+// values; the strides are given in elements. Numbers are float32 or bfloat16 (the upper half of a float32).
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define WIDE 1
+#include "avx512.h"
+#else
+#define WIDE 0
+#endif
 
 namespace {
 
@@ -113,6 +120,116 @@ void attend(const Shape& s, const T* layer, const T* q, const int32_t* table, in
     }
 }
 
+#if WIDE
+inline __m512 sixteen(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 sixteen(const BFloat16* p) {
+    return ::widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Element i is the sum of vector i.
+inline __m512 across(const __m512 (&v)[16]) {
+    __m512 a[8], b[4], c[2];
+    UNROLL for (int i = 0; i < 8; ++i)
+        a[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                             _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    UNROLL for (int i = 0; i < 4; ++i)
+        b[i] = _mm512_add_ps(_mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0x44),
+                             _mm512_shuffle_ps(a[2 * i], a[2 * i + 1], 0xee));
+    UNROLL for (int i = 0; i < 2; ++i)
+        c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x44),
+                             _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88),
+                         _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
+// As `attend`, sixteen keys at a time, for a DIM of whole vectors and blocks of whole sixteens.
+template <int DIM, typename T>
+void attend_wide(const Shape& s, const T* layer, const T* q, const int32_t* table, int kv_head,
+                 int from, int to, float* out, float* most, float* total, float* query,
+                 float* scores) {
+    constexpr int N = DIM / 16;
+    const int group = s.heads / s.kv_heads;
+    const int base = from / 16 * 16, width = (to - base + 15) / 16 * 16;
+    const int64_t token_stride = static_cast<int64_t>(s.kv_heads) * DIM;
+    const __m512 scale = _mm512_set1_ps(s.scale), none = _mm512_set1_ps(-INFINITY);
+    const auto at = [&](int t) {
+        return layer + table[t / s.block_size] * s.block_stride +
+               t % s.block_size * token_stride + kv_head * DIM;
+    };
+    for (int i = 0; i < group * N; ++i)
+        _mm512_storeu_ps(query + i * 16,
+                         _mm512_mul_ps(sixteen(q + kv_head * group * DIM + i * 16), scale));
+    for (int t = base; t < to; t += 16) {
+        const T* keys = at(t);
+        for (int g = 0; g < group; ++g) {
+            __m512 sums[16];
+            UNROLL for (int k = 0; k < 16; ++k)
+                sums[k] = _mm512_mul_ps(_mm512_loadu_ps(query + g * DIM),
+                                        sixteen(keys + k * token_stride));
+            for (int i = 1; i < N; ++i) {
+                const __m512 part = _mm512_loadu_ps(query + g * DIM + i * 16);
+                UNROLL for (int k = 0; k < 16; ++k)
+                    sums[k] = _mm512_fmadd_ps(part, sixteen(keys + k * token_stride + i * 16),
+                                              sums[k]);
+            }
+            _mm512_storeu_ps(scores + g * width + t - base, across(sums));
+        }
+    }
+    for (int g = 0; g < group; ++g) {
+        float* row = scores + g * width;
+        if (s.softcap > 0)
+            for (int t = from - base; t < to - base; ++t)
+                row[t] = s.softcap * std::tanh(row[t] / s.softcap);
+        __m512 high = none;
+        for (int t = 0; t < width; t += 16) {
+            // What lies before `from` and behind `to` may be anything.
+            const __mmask16 seen = mask(to - base - t) & ~mask(from - base - t);
+            const __m512 one = _mm512_mask_loadu_ps(none, seen, row + t);
+            _mm512_storeu_ps(row + t, one);
+            high = _mm512_max_ps(high, one);
+        }
+        most[g] = _mm512_reduce_max_ps(high);
+        high = _mm512_set1_ps(most[g]);
+        __m512 sum = _mm512_setzero_ps();
+        for (int t = 0; t < width; t += 16) {
+            const __m512 one = exponential(_mm512_sub_ps(_mm512_loadu_ps(row + t), high));
+            _mm512_storeu_ps(row + t, one);
+            sum = _mm512_add_ps(sum, one);
+        }
+        total[g] = _mm512_reduce_add_ps(sum);
+    }
+    for (int g = 0; g < group; ++g) {
+        const float* row = scores + g * width;
+        __m512 sums[N];
+        UNROLL for (int i = 0; i < N; ++i) sums[i] = _mm512_setzero_ps();
+        for (int t = from; t < to;) {
+            const int end = std::min(to, t / 16 * 16 + 16);
+            const T* values = at(t) + s.value_offset;
+            for (; t < end; ++t, values += token_stride) {
+                const __m512 weight = _mm512_set1_ps(row[t - base]);
+                UNROLL for (int i = 0; i < N; ++i)
+                    sums[i] = _mm512_fmadd_ps(weight, sixteen(values + i * 16), sums[i]);
+            }
+        }
+        UNROLL for (int i = 0; i < N; ++i) _mm512_storeu_ps(out + g * DIM + i * 16, sums[i]);
+    }
+}
+#endif
+
+// One part of one row with the fastest function there is for it.
+template <int DIM, typename T>
+void attend_best(const Shape& s, const T* layer, const T* q, const int32_t* table, int kv_head,
+                 int from, int to, float* out, float* most, float* total, float* query,
+                 float* scores) {
+#if WIDE
+    if constexpr (DIM > 0 && DIM % 16 == 0)
+        if (s.block_size % 16 == 0)
+            return attend_wide<DIM>(s, layer, q, table, kv_head, from, to, out, most, total, query,
+                                    scores);
+#endif
+    attend<DIM>(s, layer, q, table, kv_head, from, to, out, most, total, query, scores);
+}
+
 template <int DIM, typename T>
 void decode(const Shape& s, const T* layer, const T* q, const int32_t* tables,
             const int32_t* lengths, T* out, int threads) {
@@ -135,7 +252,7 @@ void decode(const Shape& s, const T* layer, const T* q, const int32_t* tables,
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         std::vector<float> query(static_cast<size_t>(group) * dim);
-        std::vector<float> scores(static_cast<size_t>(group) * per_part);
+        std::vector<float> scores(static_cast<size_t>(group) * (per_part + 32));
 #pragma omp for schedule(dynamic, 1)
         for (int task = 0; task < tasks * parts; ++task) {
             const int row = task / parts / s.kv_heads, kv_head = task / parts % s.kv_heads;
@@ -147,9 +264,9 @@ void decode(const Shape& s, const T* layer, const T* q, const int32_t* tables,
                 for (int g = 0; g < group; ++g) total[at + g] = 0.0f;
                 continue;
             }
-            attend<DIM>(s, layer, q + row * s.q_stride, tables + row * s.table_stride, kv_head,
-                        from, to, &sums[at * dim], &most[at], &total[at], query.data(),
-                        scores.data());
+            attend_best<DIM>(s, layer, q + row * s.q_stride, tables + row * s.table_stride, kv_head,
+                             from, to, &sums[at * dim], &most[at], &total[at], query.data(),
+                             scores.data());
         }
 #pragma omp for schedule(static)
         for (int task = 0; task < tasks; ++task) {
@@ -201,8 +318,8 @@ void decode_any(const Shape& s, const void* layer, const void* q, const int32_t*
 
 extern "C" {
 
-// `tokens` new keys (or values), each (kv_heads, dim), to their places. `slots`: block * block_size +
-// place in it. The source has the strides that a projection leaves: per token, per head.
+// `tokens` new keys (or values), each (kv_heads, dim), to their places. `slots`: block * block_size
+// + place in it. The source has the strides that a projection leaves: per token, per head.
 void llmos_store(void* layer, const void* from, const int64_t* slots, int tokens, int kv_heads,
                  int dim, int block_size, int64_t block_stride, int64_t token_stride,
                  int64_t head_stride, int item) {

@@ -109,7 +109,7 @@ def test_without_the_native_library_the_tokens_are_the_same(
 ) -> None:
     folder = make_llama(tmp_path / "model")
     engine = Engine(folder, tmp_path / "a")
-    monkeypatch.setattr("llmos.services.engine.native.library", lambda: None)
+    monkeypatch.setattr("llmos.services.engine.native.paged.library", lambda: None)
     other = Engine(folder, tmp_path / "b")
     for one in (engine, other):
         for pid, ids in enumerate(prompts(6, one.vocabulary, 3), 1):
