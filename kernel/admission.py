@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from llmos.kernel import deadlines, quota, room, turns
 from llmos.kernel.errors import NoMemory
 from llmos.kernel.events import DiskTold, MoveIn, StartWorker
+from llmos.kernel.line import Need
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.policies.base import Place
 from llmos.kernel.process import Process, Residency, Role, State
@@ -93,14 +94,17 @@ def admit_waiting(m: Machine) -> None:
     if m.order_stale:
         m.order_stale = False
         m.waiting.rebuild({pid: _place(m, m.procs[pid]) for pid in m.waiting})
-    # By class: the devices that are kept for somebody who has waited too long to be passed.
-    closed: dict[int, frozenset[str]] = {}
-    for pid in m.waiting.heads():
+    # By class: the devices that are kept for somebody who has waited too long to be passed, and
+    # whether they are all there are.
+    kept_for: dict[int, frozenset[str]] = {}
+    closed: set[int] = set()
+    for pid in m.waiting.heads(m.now, room.bound(m), closed):
         proc = m.procs[pid]
         if quota.is_over(m, proc):
             proc.reason = "quota"
             continue
-        kept = closed.get(int(proc.cls), frozenset())
+        cls = int(proc.cls)
+        kept = kept_for.get(cls, frozenset())
         devices = place_for(m, proc, kept)
         if devices:
             start(m, proc, devices)
@@ -113,10 +117,12 @@ def admit_waiting(m: Machine) -> None:
         names = [d for d in names if d not in full]
         proc.reason = "memory" if names else "device"
         room.make_room(m, proc, [d for d in names if d not in kept])
-        if m.now - proc.waiting_since >= m.settings.passing_s - 1e-6:
+        if m.now >= _late_at(m, proc):
             could = [d for d in names if d not in kept
                      and m.ledger.can_ever_reserve(d, proc.segments)]  # fmt: skip
-            closed[int(proc.cls)] = kept | frozenset(could[: proc.gang])
+            kept_for[cls] = kept | frozenset(could[: proc.gang])
+            if kept_for[cls] >= m.pool.keys():
+                closed.add(cls)
     if not len(m.waiting):
         m.reviewing = False
     elif not m.reviewing:
@@ -204,8 +210,16 @@ def wait_for_memory(m: Machine, proc: Process) -> None:
         proc.in_line_before = True
         moved(m, m.policy.arrived(m.job_of(proc)))
     stand_in_line(m, proc)
-    m.wake_at(m.now + m.settings.passing_s, pid=proc.pid)
-    m.wake_at(m.now + m.settings.aging_s, pid=proc.pid)
+    look_when_late(m, proc)
+
+
+def look_when_late(m: Machine, proc: Process) -> None:
+    """Look at one in the line again when it will not be passed any more, or has aged."""
+    since = proc.waiting_since
+    moments = (since + m.settings.passing_s, since + m.settings.aging_s)
+    at = min((at for at in moments if at > m.now + 1e-9), default=None)
+    if at is not None:
+        m.wake_at(at, pid=proc.pid)
 
 
 def moved(m: Machine, keys: Iterable[str]) -> None:
@@ -227,12 +241,20 @@ def _place(m: Machine, proc: Process) -> Place:
 
 def stand_in_line(m: Machine, proc: Process) -> None:
     """Take its place among those that wait for memory."""
-    if m.worker_of(proc) is not None:
-        need: tuple[object, ...] = ("away", proc.pid)
-    else:
-        shared = tuple(sorted(s["shared"] for s in proc.segments if s.get("shared")))
-        need = (sum(s["bytes"] for s in proc.segments), shared, proc.gang, proc.device_wanted)
-    if m.settings.user_memory < 1 or m.settings.user_device_s:
-        need += (proc.uid,)  # what stops one user stops nobody else
-    m.waiting.add(proc.pid, int(proc.cls), _place(m, proc), need)
+    m.waiting.add(proc.pid, int(proc.cls), _place(m, proc), _need(m, proc), _late_at(m, proc))
     m.line_dirty = True
+
+
+def _need(m: Machine, proc: Process) -> Need:
+    if m.worker_of(proc) is not None:
+        return Need(0, proc.gang, ("away", proc.pid))
+    shared = tuple(sorted(s["shared"] for s in proc.segments if s.get("shared")))
+    more: tuple[object, ...] = (shared, proc.device_wanted) if shared or proc.device_wanted else ()
+    if m.settings.user_memory < 1 or m.settings.user_device_s:
+        more += (proc.uid,)  # what stops one user stops nobody else
+    return Need(proc.segments_bytes, proc.gang, more)
+
+
+def _late_at(m: Machine, proc: Process) -> float:
+    """When a process has waited too long to be passed by others of its class."""
+    return proc.waiting_since + m.settings.passing_s - 1e-6

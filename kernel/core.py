@@ -243,6 +243,7 @@ def _look(m: Machine, proc: Process) -> None:
         return
     if proc.pid in m.waiting:
         admission.stand_in_line(m, proc)
+        admission.look_when_late(m, proc)
     worker = m.worker_of(proc)
     if worker is None:
         return

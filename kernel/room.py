@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from llmos.kernel import turns, watch
 from llmos.kernel.events import Stop
+from llmos.kernel.line import Bound
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.policies.base import Job
 from llmos.kernel.process import Process, Residency, Role, State
@@ -20,6 +21,9 @@ from llmos.kernel.process import Process, Residency, Role, State
 # What a move costs before it was ever measured: bytes there and back, and a worker's start.
 GUESSED_BYTES_PER_S = 1e9
 GUESSED_START_S = 0.5
+
+# One of the same class: last of all, and only if the policy lets it be displaced.
+ASK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,26 @@ def find_room(m: Machine, proc: Process, names: list[str]) -> Room | None:
     )
 
 
+def bound(m: Machine) -> Bound:
+    """The most bytes that could be given on each of so many devices of the pool, now: what is
+    free, what is on its way out, and whoever might be moved out for somebody of a class. Who needs
+    more is neither started nor makes room; whoever needs less may still find none."""
+    found: dict[int, list[int]] = {}
+
+    def most(cls: int, gang: int) -> int:
+        if cls not in found:
+            found[cls] = sorted((_could_get(m, cls, d) for d in m.pool), reverse=True)
+        return found[cls][gang - 1] if gang <= len(found[cls]) else 0
+
+    return most
+
+
+def _could_get(m: Machine, cls: int, device: str) -> int:
+    here = [m.workers[w] for w in m.on_device[device]]
+    going = [w for w in here if w.leaving or _goes(m, cls, w) is not None]
+    return m.ledger.free(device) + sum(m.ledger.would_free(w.pid, device) for w in going)
+
+
 def _on_device(m: Machine, proc: Process, device: str) -> Room | None:
     short = m.ledger.need(device, proc.segments) - m.ledger.free(device)
     here = [m.workers[w] for w in m.on_device[device]]
@@ -86,6 +110,14 @@ def _on_device(m: Machine, proc: Process, device: str) -> Room | None:
 
 def _rank(m: Machine, proc: Process, worker: Worker) -> int | None:
     """How soon a worker goes for `proc`, 0 first; None: not at all."""
+    rank = _goes(m, int(proc.cls), worker)
+    if rank == ASK and not m.policy.displaces(_job(m, proc), _job(m, m.procs[worker.pid])):
+        return None
+    return rank
+
+
+def _goes(m: Machine, cls: int, worker: Worker) -> int | None:
+    """How soon a worker goes for somebody of a class; ASK: if the policy says so."""
     if worker.leaving or worker.away or worker.moving:
         return None
     if worker.idle_since is not None:
@@ -98,11 +130,11 @@ def _rank(m: Machine, proc: Process, worker: Worker) -> int | None:
         return None
     if owner.state is State.PAUSED:
         return 1
-    if owner.cls > proc.cls:
+    if owner.cls > cls:
         return 4 - int(owner.cls)
-    if owner.cls < proc.cls or stay < m.settings.min_residency_s - 1e-6:
+    if owner.cls < cls or stay < m.settings.min_residency_s - 1e-6:
         return None
-    return 4 if m.policy.displacing and m.policy.displaces(_job(m, proc), _job(m, owner)) else None
+    return ASK if m.policy.displacing else None
 
 
 def _job(m: Machine, proc: Process) -> Job:
