@@ -171,6 +171,7 @@ def serve(home: str, profile: str) -> int:
 
 
 def start_kernel(home: Path, profile: Path | None, *device: str) -> subprocess.Popen[bytes]:
+    (home / "config.toml").write_text("max_processes = 1_000_000\n")
     command = [sys.executable, "-P", "-m", "llmos.kernel.main", "--home", str(home), *device]
     if profile is not None:
         command = [sys.executable, __file__, "--serve", str(home), str(profile)]
