@@ -8,15 +8,10 @@ when memory is short is decided in `room`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-
-from llmos.kernel import deadlines, quota, room, turns
+from llmos.kernel import quota, room, standing, turns
 from llmos.kernel.errors import NoMemory
 from llmos.kernel.events import DiskTold, MoveIn, StartWorker
-from llmos.kernel.line import Need
 from llmos.kernel.machine import Machine, Worker
-from llmos.kernel.policies.base import Place
 from llmos.kernel.process import Process, Residency, Role, State
 
 GIB = 1024**3
@@ -90,39 +85,11 @@ def admit_waiting(m: Machine) -> None:
     if m.shutting_down or m.disk_trouble or not m.line_dirty:
         return
     m.line_dirty = False
-    m.jobs_seen.clear()
+    room.look_anew(m)
     if m.order_stale:
         m.order_stale = False
-        m.waiting.rebuild({pid: _place(m, m.procs[pid]) for pid in m.waiting})
-    # By class: the devices that are kept for somebody who has waited too long to be passed, and
-    # whether they are all there are.
-    kept_for: dict[int, frozenset[str]] = {}
-    closed: set[int] = set()
-    for pid in m.waiting.heads(m.now, room.bound(m), closed):
-        proc = m.procs[pid]
-        if quota.is_over(m, proc):
-            proc.reason = "quota"
-            continue
-        cls = int(proc.cls)
-        kept = kept_for.get(cls, frozenset())
-        devices = place_for(m, proc, kept)
-        if devices:
-            start(m, proc, devices)
-            continue
-        names = devices_for(m, proc)
-        full = quota.full(m, proc)
-        if names and len(set(names) - full) < proc.gang:
-            proc.reason = "quota"  # others of its user have to end, and nobody else
-            continue
-        names = [d for d in names if d not in full]
-        proc.reason = "memory" if names else "device"
-        room.make_room(m, proc, [d for d in names if d not in kept])
-        if m.now >= _late_at(m, proc):
-            could = [d for d in names if d not in kept
-                     and m.ledger.can_ever_reserve(d, proc.segments)]  # fmt: skip
-            kept_for[cls] = kept | frozenset(could[: proc.gang])
-            if kept_for[cls] >= m.pool.keys():
-                closed.add(cls)
+        m.waiting.rebuild({pid: standing.place(m, m.procs[pid]) for pid in m.waiting})
+    _Pass(m).run()
     if not len(m.waiting):
         m.reviewing = False
     elif not m.reviewing:
@@ -131,6 +98,80 @@ def admit_waiting(m: Machine) -> None:
             for device in worker.devices:
                 turns.charge(m, device)
             review(m, m.procs[worker.pid])
+
+
+class _Pass:
+    """One pass over the line."""
+
+    def __init__(self, m: Machine) -> None:
+        self.m = m
+        # By class: the devices that are kept for somebody who has waited too long to be passed;
+        # and the classes for which they are all there are.
+        self.kept: dict[int, frozenset[str]] = {}
+        self.closed: set[int] = set()
+        # What those of a class can have of one, two ... devices, until something is given or taken.
+        self.reach: dict[int, list[room.Reach]] = {}
+        self.asked: set[int] = set()  # classes for which the policy was asked about all who stay
+
+    def run(self) -> None:
+        for pid in self.m.waiting.heads(self.m.now, room.bound(self.m), self.closed):
+            proc = self.m.procs[pid]
+            if not self._is_hopeless(proc):
+                self._try(proc)
+
+    def _is_hopeless(self, proc: Process) -> bool:
+        """Can nothing come of trying it: neither memory nor room, nor a device closed to others?"""
+        need, cls = self.m.waiting.need(proc.pid), int(proc.cls)
+        if need.more or self.m.now >= standing.late_at(self.m, proc):
+            return False
+        if cls not in self.reach:
+            kept = self.kept.get(cls, frozenset())
+            names = [d for d in self.m.pool if d not in kept]
+            self.reach[cls] = room.reach(self.m, cls, names)
+        if need.gang > len(self.reach[cls]):
+            return True
+        found = self.reach[cls][need.gang - 1]
+        if need.nbytes <= found.free:
+            return False
+        if need.nbytes <= found.covered:
+            return True  # what it waits for is on its way out
+        if need.nbytes <= found.most:
+            return False
+        first = cls not in self.asked
+        self.asked.add(cls)
+        return not first
+
+    def _try(self, proc: Process) -> None:
+        """Start it, or have room made for it, or note that nobody may pass it any more."""
+        m, cls = self.m, int(proc.cls)
+        if quota.is_over(m, proc):
+            proc.reason = "quota"
+            return
+        kept = self.kept.get(cls, frozenset())
+        devices = place_for(m, proc, kept)
+        if devices:
+            start(m, proc, devices)
+            self.reach.clear()
+            return
+        names = devices_for(m, proc)
+        full = quota.full(m, proc)
+        if names and len(set(names) - full) < proc.gang:
+            proc.reason = "quota"  # others of its user have to end, and nobody else
+            return
+        names = [d for d in names if d not in full]
+        proc.reason = "memory" if names else "device"
+        if room.make_room(m, proc, [d for d in names if d not in kept]):
+            self.reach.clear()
+        if m.now >= standing.late_at(m, proc):
+            could = [d for d in names if d not in kept
+                     and m.ledger.can_ever_reserve(d, proc.segments)]  # fmt: skip
+            self._keep(cls, kept | frozenset(could[: proc.gang]))
+
+    def _keep(self, cls: int, devices: frozenset[str]) -> None:
+        self.kept[cls] = devices
+        self.reach.clear()
+        if devices >= self.m.pool.keys():
+            self.closed.add(cls)
 
 
 def disk_told(m: Machine, e: DiskTold) -> None:
@@ -208,53 +249,6 @@ def wait_for_memory(m: Machine, proc: Process) -> None:
     proc.waiting_since = m.now
     if not proc.in_line_before:
         proc.in_line_before = True
-        moved(m, m.policy.arrived(m.job_of(proc)))
-    stand_in_line(m, proc)
-    look_when_late(m, proc)
-
-
-def look_when_late(m: Machine, proc: Process) -> None:
-    """Look at one in the line again when it will not be passed any more, or has aged."""
-    since = proc.waiting_since
-    moments = (since + m.settings.passing_s, since + m.settings.aging_s)
-    at = min((at for at in moments if at > m.now + 1e-9), default=None)
-    if at is not None:
-        m.wake_at(at, pid=proc.pid)
-
-
-def moved(m: Machine, keys: Iterable[str]) -> None:
-    """The policy sees some processes with other eyes: those that wait take their new places."""
-    for key in keys:
-        if int(key) in m.waiting:
-            stand_in_line(m, m.procs[int(key)])
-    m.line_dirty = True
-
-
-def _place(m: Machine, proc: Process) -> Place:
-    """The place that its deadline, its age and the policy give a process in its class."""
-    if deadlines.urgent(m, proc):
-        return (-math.inf, proc.deadline_at or 0.0)
-    if m.now - proc.waiting_since >= m.settings.aging_s - 1e-6:
-        return (-1e300, proc.waiting_since)
-    return m.policy.place(m.job_of(proc))
-
-
-def stand_in_line(m: Machine, proc: Process) -> None:
-    """Take its place among those that wait for memory."""
-    m.waiting.add(proc.pid, int(proc.cls), _place(m, proc), _need(m, proc), _late_at(m, proc))
-    m.line_dirty = True
-
-
-def _need(m: Machine, proc: Process) -> Need:
-    if m.worker_of(proc) is not None:
-        return Need(0, proc.gang, ("away", proc.pid))
-    shared = tuple(sorted(s["shared"] for s in proc.segments if s.get("shared")))
-    more: tuple[object, ...] = (shared, proc.device_wanted) if shared or proc.device_wanted else ()
-    if m.settings.user_memory < 1 or m.settings.user_device_s:
-        more += (proc.uid,)  # what stops one user stops nobody else
-    return Need(proc.segments_bytes, proc.gang, more)
-
-
-def _late_at(m: Machine, proc: Process) -> float:
-    """When a process has waited too long to be passed by others of its class."""
-    return proc.waiting_since + m.settings.passing_s - 1e-6
+        standing.moved(m, m.policy.arrived(m.job_of(proc)))
+    standing.stand(m, proc)
+    standing.look_when_late(m, proc)

@@ -12,7 +12,7 @@ Knows no memory, no policy and no clock: places, needs, bounds and moments are p
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
@@ -57,10 +57,10 @@ class Line:
     def __init__(self) -> None:
         self._waiting: dict[int, _Waiting] = {}
         self._buckets: dict[Key, _Bucket] = {}
-        self._others: dict[Key, None] = {}  # buckets that no bound tells anything about
-        self._sizes: dict[Kind, list[int]] = {}  # the bytes of all the rest, sorted
+        self._others: dict[Key, _Bucket] = {}  # that no bound tells anything about
+        self._sizes: dict[Kind, list[tuple[int, _Bucket]]] = {}  # all the rest, sorted by bytes
         self._due: list[tuple[float, int]] = []  # who will be late; some have left since
-        self._late: dict[Key, None] = {}  # buckets in which somebody is, or was
+        self._late: dict[Key, _Bucket] = {}  # in which somebody is, or was
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -100,6 +100,12 @@ class Line:
         for pid in list(self._waiting):
             self.pop(pid)
 
+    def need(self, pid: int) -> Need:
+        return self._waiting[pid].bucket.key[1]
+
+    def place(self, pid: int) -> Place:
+        return self._waiting[pid].rank[1:-1]
+
     def before(self, pid: int) -> int:
         """How many stand before `pid`."""
         rank = self._waiting[pid].rank
@@ -115,40 +121,36 @@ class Line:
         `closed`, all that a bound tells of. Of each kind one is there even so: the policy is asked
         about those who hold the memory, and learns how far they have come.
         """
-        heads = [(self._buckets[key].ranks[0], key) for key in self._to_try(now, bound)]
+        heads = [(bucket.ranks[0], bucket) for bucket in self._to_try(now, bound)]
         heapify(heads)
         seen = 0
         while heads:
             if len(closed) > seen:
                 seen = len(closed)
-                heads = [h for h in heads if h[1][1].more or h[1][0] not in closed]
+                heads = [h for h in heads if h[1].key[1].more or h[1].key[0] not in closed]
                 heapify(heads)
                 continue
-            _, key = heappop(heads)
-            bucket = self._buckets.get(key)
-            if bucket is None:
-                continue
-            rank = bucket.ranks[0]
-            yield int(rank[-1])
-            bucket = self._buckets.get(key)
-            if bucket is not None and bucket.ranks[0] != rank:
-                heappush(heads, (bucket.ranks[0], key))
+            rank, bucket = heappop(heads)
+            if bucket.count and bucket.ranks[0] == rank:
+                yield int(rank[-1])
+            if bucket.count and bucket.ranks[0] != rank:
+                heappush(heads, (bucket.ranks[0], bucket))
 
-    def _to_try(self, now: float, bound: Bound | None) -> set[Key]:
+    def _to_try(self, now: float, bound: Bound | None) -> list[_Bucket]:
         while self._due and self._due[0][0] <= now:
             _, pid = heappop(self._due)
             waiting = self._waiting.get(pid)
             if waiting is not None and waiting.late_at <= now:
-                self._late[waiting.bucket.key] = None
+                self._late[waiting.bucket.key] = waiting.bucket
         if bound is None or not self._buckets:
-            return set(self._buckets)
-        keys = {*self._others, *self._late}
-        urgent = min(cls for cls, _ in (*keys, *self._sizes))
-        for (cls, gang), sizes in self._sizes.items():
-            fit = bisect_right(sizes, bound(urgent, gang))
-            keys.update((cls, Need(nbytes, gang)) for nbytes in sizes[:fit])
-            keys.add((cls, Need(sizes[-1], gang)))
-        return keys
+            return list(self._buckets.values())
+        found = {**self._others, **self._late}
+        urgent = min(cls for cls, _ in (*self._others, *self._sizes))
+        for (_, gang), sizes in self._sizes.items():
+            fit = bisect_left(sizes, (bound(urgent, gang) + 1,))
+            for _, bucket in (*sizes[:fit], sizes[-1]):
+                found[bucket.key] = bucket
+        return list(found.values())
 
     def rebuild(self, place: dict[int, Place]) -> None:
         """Order everybody anew, after places have changed."""
@@ -172,8 +174,8 @@ class Line:
             mine = [w.rank for w in self._waiting.values() if w.bucket is bucket]
             assert (bucket.count, bucket.ranks[0]) == (len(mine), min(mine)), key
         for (cls, gang), sizes in self._sizes.items():
-            assert sizes == sorted(n for c, (n, g, more) in self._buckets
-                                   if (c, g) == (cls, gang) and not more)  # fmt: skip
+            alike = [n for c, (n, g, more) in self._buckets if (c, g, more) == (cls, gang, ())]
+            assert [n for n, _ in sizes] == sorted(alike)
 
     def _bucket(self, key: Key) -> _Bucket:
         """The bucket of a need, made if need be."""
@@ -182,9 +184,9 @@ class Line:
             bucket = self._buckets[key] = _Bucket(key)
             cls, need = key
             if need.more:
-                self._others[key] = None
+                self._others[key] = bucket
             else:
-                insort(self._sizes.setdefault((cls, need.gang), []), need.nbytes)
+                insort(self._sizes.setdefault((cls, need.gang), []), (need.nbytes, bucket))
         return bucket
 
     def _stand(self, waiting: _Waiting) -> None:
@@ -213,6 +215,6 @@ class Line:
         self._late.pop(bucket.key, None)
         if not need.more:
             sizes = self._sizes[cls, need.gang]
-            del sizes[bisect_left(sizes, need.nbytes)]
+            del sizes[bisect_left(sizes, (need.nbytes,))]
             if not sizes:
                 del self._sizes[cls, need.gang]

@@ -10,6 +10,7 @@ and the end of the worker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmos.kernel import turns, watch
 from llmos.kernel.events import Stop
@@ -36,13 +37,28 @@ class Room:
     rank: int
 
 
-def make_room(m: Machine, proc: Process, names: list[str]) -> None:
-    """Have somebody moved out, if that lets `proc` in; what is on its way out already counts."""
+class Reach(NamedTuple):
+    """Bytes that somebody could have."""
+
+    free: int
+    covered: int  # with what is on its way out
+    most: int  # with all that could be moved out
+
+
+def look_anew(m: Machine) -> None:
+    """What the policy sees and says holds for one moment."""
+    m.jobs_seen.clear()
+    m.stays.clear()
+
+
+def make_room(m: Machine, proc: Process, names: list[str]) -> bool:
+    """Have somebody moved out, if that lets `proc` in -> whether that, or what the policy says
+    now, has changed what others can have. What is on its way out already counts."""
+    before = len(m.stays)
     found = find_room(m, proc, names)
-    if found is None:
-        return
-    for worker in found.victims:
+    for worker in found.victims if found is not None else ():
         move_out(m, worker, proc)
+    return len(m.stays) > before or bool(found and found.victims)
 
 
 def find_room(m: Machine, proc: Process, names: list[str]) -> Room | None:
@@ -61,23 +77,34 @@ def find_room(m: Machine, proc: Process, names: list[str]) -> Room | None:
 
 
 def bound(m: Machine) -> Bound:
-    """The most bytes that could be given on each of so many devices of the pool, now: what is
-    free, what is on its way out, and whoever might be moved out for somebody of a class. Who needs
-    more is neither started nor makes room; whoever needs less may still find none."""
-    found: dict[int, list[int]] = {}
+    """The most bytes that could be given on each of so many devices of the pool, now, were all in
+    the line of a class. Who needs more is neither started nor makes room."""
+    found: dict[int, list[Reach]] = {}
 
     def most(cls: int, gang: int) -> int:
         if cls not in found:
-            found[cls] = sorted((_could_get(m, cls, d) for d in m.pool), reverse=True)
-        return found[cls][gang - 1] if gang <= len(found[cls]) else 0
+            found[cls] = reach(m, cls, list(m.pool))
+        return found[cls][gang - 1].most if gang <= len(found[cls]) else -1
 
     return most
 
 
-def _could_get(m: Machine, cls: int, device: str) -> int:
-    here = [m.workers[w] for w in m.on_device[device]]
-    going = [w for w in here if w.leaving or _goes(m, cls, w) is not None]
-    return m.ledger.free(device) + sum(m.ledger.would_free(w.pid, device) for w in going)
+def reach(m: Machine, cls: int, names: list[str]) -> list[Reach]:
+    """What somebody of a class could have on each of 1, 2, 3 ... of these devices."""
+    each = [_could_get(m, cls, d) for d in names]
+    columns = (sorted(column, reverse=True) for column in zip(*each, strict=True))
+    return [Reach(*row) for row in zip(*columns, strict=True)]
+
+
+def _could_get(m: Machine, cls: int, device: str) -> Reach:
+    free = m.ledger.free(device)
+    leaving, may_go = 0, 0
+    for worker in (m.workers[w] for w in m.on_device[device]):
+        if worker.leaving:
+            leaving += m.ledger.would_free(worker.pid, device)
+        elif _goes(m, cls, worker) is not None:
+            may_go += m.ledger.would_free(worker.pid, device)
+    return Reach(free, free + leaving, free + leaving + may_go)
 
 
 def _on_device(m: Machine, proc: Process, device: str) -> Room | None:
@@ -112,8 +139,17 @@ def _rank(m: Machine, proc: Process, worker: Worker) -> int | None:
     """How soon a worker goes for `proc`, 0 first; None: not at all."""
     rank = _goes(m, int(proc.cls), worker)
     if rank == ASK and not m.policy.displaces(_job(m, proc), _job(m, m.procs[worker.pid])):
+        if _speaks_for_those_behind(m, proc):
+            m.stays.add((int(proc.cls), worker.worker_id))
         return None
     return rank
+
+
+def _speaks_for_those_behind(m: Machine, proc: Process) -> bool:
+    """Is it where the policy has put it? Then whom it does not displace nobody behind it does."""
+    if not m.policy.in_order or proc.pid not in m.waiting:
+        return False
+    return m.waiting.place(proc.pid) == m.policy.place(_job(m, proc))
 
 
 def _goes(m: Machine, cls: int, worker: Worker) -> int | None:
@@ -134,7 +170,8 @@ def _goes(m: Machine, cls: int, worker: Worker) -> int | None:
         return 4 - int(owner.cls)
     if owner.cls < cls or stay < m.settings.min_residency_s - 1e-6:
         return None
-    return ASK if m.policy.displacing else None
+    asked = m.policy.displacing and (cls, worker.worker_id) not in m.stays
+    return ASK if asked else None
 
 
 def _job(m: Machine, proc: Process) -> Job:

@@ -37,6 +37,7 @@ _WEIGHT_0 = 1024.0
 
 class Siblings(Policy):
     name: ClassVar[str] = "siblings"
+    in_order: ClassVar[bool] = True
 
     def __init__(self, slice_s: float = 0.5) -> None:
         super().__init__(slice_s)
