@@ -111,7 +111,8 @@ class _Pass:
         self.closed: set[int] = set()
         # What those of a class can have of one, two ... devices, until something is given or taken.
         self.reach: dict[int, list[room.Reach]] = {}
-        self.asked: set[int] = set()  # classes for which the policy was asked about all who stay
+        # By class: the most for which the policy was asked about all who would have to go.
+        self.asked: dict[int, int] = {}
 
     def run(self) -> None:
         for pid in self.m.waiting.heads(self.m.now, room.bound(self.m), self.closed):
@@ -137,9 +138,10 @@ class _Pass:
             return True  # what it waits for is on its way out
         if need.nbytes <= found.most:
             return False
-        first = cls not in self.asked
-        self.asked.add(cls)
-        return not first
+        if need.nbytes > self.asked.get(cls, 0):
+            self.asked[cls] = need.nbytes
+            return False
+        return True
 
     def _try(self, proc: Process) -> None:
         """Start it, or have room made for it, or note that nobody may pass it any more."""
