@@ -8,14 +8,10 @@ when memory is short is decided in `room`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-
-from llmos.kernel import deadlines, quota, room, turns
+from llmos.kernel import quota, room, standing, turns
 from llmos.kernel.errors import NoMemory
 from llmos.kernel.events import DiskTold, MoveIn, StartWorker
 from llmos.kernel.machine import Machine, Worker
-from llmos.kernel.policies.base import Place
 from llmos.kernel.process import Process, Residency, Role, State
 
 GIB = 1024**3
@@ -89,34 +85,11 @@ def admit_waiting(m: Machine) -> None:
     if m.shutting_down or m.disk_trouble or not m.line_dirty:
         return
     m.line_dirty = False
-    m.jobs_seen.clear()
+    room.look_anew(m)
     if m.order_stale:
         m.order_stale = False
-        m.waiting.rebuild({pid: _place(m, m.procs[pid]) for pid in m.waiting})
-    # By class: the devices that are kept for somebody who has waited too long to be passed.
-    closed: dict[int, frozenset[str]] = {}
-    for pid in m.waiting.heads():
-        proc = m.procs[pid]
-        if quota.is_over(m, proc):
-            proc.reason = "quota"
-            continue
-        kept = closed.get(int(proc.cls), frozenset())
-        devices = place_for(m, proc, kept)
-        if devices:
-            start(m, proc, devices)
-            continue
-        names = devices_for(m, proc)
-        full = quota.full(m, proc)
-        if names and len(set(names) - full) < proc.gang:
-            proc.reason = "quota"  # others of its user have to end, and nobody else
-            continue
-        names = [d for d in names if d not in full]
-        proc.reason = "memory" if names else "device"
-        room.make_room(m, proc, [d for d in names if d not in kept])
-        if m.now - proc.waiting_since >= m.settings.passing_s - 1e-6:
-            could = [d for d in names if d not in kept
-                     and m.ledger.can_ever_reserve(d, proc.segments)]  # fmt: skip
-            closed[int(proc.cls)] = kept | frozenset(could[: proc.gang])
+        m.waiting.rebuild({pid: standing.place(m, m.procs[pid]) for pid in m.waiting})
+    _Pass(m).run()
     if not len(m.waiting):
         m.reviewing = False
     elif not m.reviewing:
@@ -125,6 +98,82 @@ def admit_waiting(m: Machine) -> None:
             for device in worker.devices:
                 turns.charge(m, device)
             review(m, m.procs[worker.pid])
+
+
+class _Pass:
+    """One pass over the line."""
+
+    def __init__(self, m: Machine) -> None:
+        self.m = m
+        # By class: the devices that are kept for somebody who has waited too long to be passed;
+        # and the classes for which they are all there are.
+        self.kept: dict[int, frozenset[str]] = {}
+        self.closed: set[int] = set()
+        # What those of a class can have of one, two ... devices, until something is given or taken.
+        self.reach: dict[int, list[room.Reach]] = {}
+        # By class: the most for which the policy was asked about all who would have to go.
+        self.asked: dict[int, int] = {}
+
+    def run(self) -> None:
+        for pid in self.m.waiting.heads(self.m.now, room.bound(self.m), self.closed):
+            proc = self.m.procs[pid]
+            if not self._is_hopeless(proc):
+                self._try(proc)
+
+    def _is_hopeless(self, proc: Process) -> bool:
+        """Can nothing come of trying it: neither memory nor room, nor a device closed to others?"""
+        need, cls = self.m.waiting.need(proc.pid), int(proc.cls)
+        if need.more or self.m.now >= standing.late_at(self.m, proc):
+            return False
+        if cls not in self.reach:
+            kept = self.kept.get(cls, frozenset())
+            names = [d for d in self.m.pool if d not in kept]
+            self.reach[cls] = room.reach(self.m, cls, names)
+        if need.gang > len(self.reach[cls]):
+            return True
+        found = self.reach[cls][need.gang - 1]
+        if need.nbytes <= found.free:
+            return False
+        if need.nbytes <= found.covered:
+            return True  # what it waits for is on its way out
+        if need.nbytes <= found.most:
+            return False
+        if need.nbytes > self.asked.get(cls, 0):
+            self.asked[cls] = need.nbytes
+            return False
+        return True
+
+    def _try(self, proc: Process) -> None:
+        """Start it, or have room made for it, or note that nobody may pass it any more."""
+        m, cls = self.m, int(proc.cls)
+        if quota.is_over(m, proc):
+            proc.reason = "quota"
+            return
+        kept = self.kept.get(cls, frozenset())
+        devices = place_for(m, proc, kept)
+        if devices:
+            start(m, proc, devices)
+            self.reach.clear()
+            return
+        names = devices_for(m, proc)
+        full = quota.full(m, proc)
+        if names and len(set(names) - full) < proc.gang:
+            proc.reason = "quota"  # others of its user have to end, and nobody else
+            return
+        names = [d for d in names if d not in full]
+        proc.reason = "memory" if names else "device"
+        if room.make_room(m, proc, [d for d in names if d not in kept]):
+            self.reach.clear()
+        if m.now >= standing.late_at(m, proc):
+            could = [d for d in names if d not in kept
+                     and m.ledger.can_ever_reserve(d, proc.segments)]  # fmt: skip
+            self._keep(cls, kept | frozenset(could[: proc.gang]))
+
+    def _keep(self, cls: int, devices: frozenset[str]) -> None:
+        self.kept[cls] = devices
+        self.reach.clear()
+        if devices >= self.m.pool.keys():
+            self.closed.add(cls)
 
 
 def disk_told(m: Machine, e: DiskTold) -> None:
@@ -209,37 +258,6 @@ def wait_for_memory(m: Machine, proc: Process) -> None:
     proc.waiting_since = m.now
     if not proc.in_line_before:
         proc.in_line_before = True
-        moved(m, m.policy.arrived(m.job_of(proc)))
-    stand_in_line(m, proc)
-    m.wake_at(m.now + m.settings.passing_s, pid=proc.pid)
-    m.wake_at(m.now + m.settings.aging_s, pid=proc.pid)
-
-
-def moved(m: Machine, keys: Iterable[str]) -> None:
-    """The policy sees some processes with other eyes: those that wait take their new places."""
-    for key in keys:
-        if int(key) in m.waiting:
-            stand_in_line(m, m.procs[int(key)])
-    m.line_dirty = True
-
-
-def _place(m: Machine, proc: Process) -> Place:
-    """The place that its deadline, its age and the policy give a process in its class."""
-    if deadlines.urgent(m, proc):
-        return (-math.inf, proc.deadline_at or 0.0)
-    if m.now - proc.waiting_since >= m.settings.aging_s - 1e-6:
-        return (-1e300, proc.waiting_since)
-    return m.policy.place(m.job_of(proc))
-
-
-def stand_in_line(m: Machine, proc: Process) -> None:
-    """Take its place among those that wait for memory."""
-    if m.worker_of(proc) is not None:
-        need: tuple[object, ...] = ("away", proc.pid)
-    else:
-        shared = tuple(sorted(s["shared"] for s in proc.segments if s.get("shared")))
-        need = (sum(s["bytes"] for s in proc.segments), shared, proc.gang, proc.device_wanted)
-    if m.settings.user_memory < 1 or m.settings.user_device_s:
-        need += (proc.uid,)  # what stops one user stops nobody else
-    m.waiting.add(proc.pid, int(proc.cls), _place(m, proc), need)
-    m.line_dirty = True
+        standing.moved(m, m.policy.arrived(m.job_of(proc)))
+    standing.stand(m, proc)
+    standing.look_when_late(m, proc)

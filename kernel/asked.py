@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal as signals
 
-from llmos.kernel import admission, deadlines, room, turns, watch
+from llmos.kernel import admission, deadlines, room, standing, turns, watch
 from llmos.kernel.errors import BadArgument, IllegalMove
 from llmos.kernel.events import (
     AskCheckpoint,
@@ -192,7 +192,7 @@ def renice_asked(m: Machine, e: ReniceAsked) -> None:
     proc.tell(m.now, "renice", f"nice {proc.nice}, {proc.cls.word}")
     m.save(proc)
     if proc.pid in m.waiting:
-        admission.stand_in_line(m, proc)
+        standing.stand(m, proc)
     _tell_rank(m, proc)
     deadlines.watch(m, proc)
 

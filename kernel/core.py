@@ -21,6 +21,7 @@ from llmos.kernel import (
     quota,
     retention,
     room,
+    standing,
     turns,
     watch,
 )
@@ -243,7 +244,8 @@ def _look(m: Machine, proc: Process) -> None:
             admission.wait_for_memory(m, proc)
         return
     if proc.pid in m.waiting:
-        admission.stand_in_line(m, proc)
+        standing.stand(m, proc)
+        standing.look_when_late(m, proc)
     worker = m.worker_of(proc)
     if worker is None:
         return

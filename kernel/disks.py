@@ -55,8 +55,7 @@ def _unescape(text: str) -> str:
     return text
 
 
-def free_bytes(path: Path) -> int:
-    """What this user may still write there. Raises OSError."""
-    found = os.statvfs(path)
+def free_bytes(found: os.statvfs_result) -> int:
+    """What this user may still write to a file system."""
     blocks = found.f_bfree if os.geteuid() == 0 else found.f_bavail
     return blocks * found.f_frsize

@@ -13,7 +13,7 @@ from llmos.kernel.process import Process
 def of(kernel: Kernel, proc: Process) -> dict[str, Any]:
     """-> footprint, device, fits_now, free_bytes, would_move_out, starts."""
     m = kernel.core.m
-    m.jobs_seen.clear()
+    room.look_anew(m)
     devices = admission.place_for(m, proc)
     names = admission.devices_for(m, proc)
     chosen = devices or tuple(names[: proc.gang])

@@ -70,9 +70,9 @@ class Health:
     def _found(self) -> str:
         try:
             stat = os.statvfs(self._k.home.path)
-            self.free_bytes = disks.free_bytes(self._k.home.path)
         except OSError as exc:
             return f"the home cannot be looked at ({exc.strerror})"
+        self.free_bytes = disks.free_bytes(stat)
         if stat.f_flag & os.ST_RDONLY:
             return "the disk of the home is read-only"
         reserve = min(RESERVE_BYTES, int(stat.f_blocks * stat.f_frsize * RESERVE_SHARE))

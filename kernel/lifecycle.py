@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal as signals
 
-from llmos.kernel import admission, outgrown, restarts, room, turns, watch
+from llmos.kernel import admission, outgrown, restarts, room, standing, turns, watch
 from llmos.kernel.errors import NoMemory
 from llmos.kernel.events import (
     Alive,
@@ -506,7 +506,7 @@ def end(m: Machine, proc: Process, status: int, reason: str) -> None:
     """A process exits. Its row stays."""
     proc.exit_status, proc.ended_at = status, m.now
     if proc.role is Role.PROCESS and proc.device_seconds:
-        admission.moved(m, m.policy.ended(m.job_of(proc)))
+        standing.moved(m, m.policy.ended(m.job_of(proc)))
     proc.residency = Residency.NONE if proc.checkpoint is None else Residency.DISK
     m.waiting.pop(proc.pid)
     m.early_input.pop(proc.pid, None)

@@ -120,6 +120,8 @@ class Machine:
     input_bytes: dict[int, dict[str, int]] = field(default_factory=dict)
     inputs: int = 0  # how many were given, for their keys
     jobs_seen: dict[int, Job] = field(default_factory=dict)  # by pid, during one pass of the line
+    # In that pass, by class: whom the policy lets nobody displace who comes now.
+    stays: set[tuple[int, str]] = field(default_factory=set)
     dirty: dict[str, None] = field(default_factory=dict)  # devices to decide about
     line_dirty: bool = False  # memory came free, or somebody came into the line
     reviewing: bool = False  # somebody waits for memory: residents are looked at again and again

@@ -10,9 +10,11 @@ and the end of the worker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmos.kernel import turns, watch
 from llmos.kernel.events import Stop
+from llmos.kernel.line import Bound
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.policies.base import Job
 from llmos.kernel.process import Process, Residency, Role, State
@@ -20,6 +22,9 @@ from llmos.kernel.process import Process, Residency, Role, State
 # What a move costs before it was ever measured: bytes there and back, and a worker's start.
 GUESSED_BYTES_PER_S = 1e9
 GUESSED_START_S = 0.5
+
+# One of the same class: last of all, and only if the policy lets it be displaced.
+ASK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +37,28 @@ class Room:
     rank: int
 
 
-def make_room(m: Machine, proc: Process, names: list[str]) -> None:
-    """Have somebody moved out, if that lets `proc` in; what is on its way out already counts."""
+class Reach(NamedTuple):
+    """Bytes that somebody could have."""
+
+    free: int
+    covered: int  # with what is on its way out
+    most: int  # with all that could be moved out
+
+
+def look_anew(m: Machine) -> None:
+    """What the policy sees and says holds for one moment."""
+    m.jobs_seen.clear()
+    m.stays.clear()
+
+
+def make_room(m: Machine, proc: Process, names: list[str]) -> bool:
+    """Have somebody moved out, if that lets `proc` in -> whether that, or what the policy says
+    now, has changed what others can have. What is on its way out already counts."""
+    before = len(m.stays)
     found = find_room(m, proc, names)
-    if found is None:
-        return
-    for worker in found.victims:
+    for worker in found.victims if found is not None else ():
         move_out(m, worker, proc)
+    return len(m.stays) > before or bool(found and found.victims)
 
 
 def find_room(m: Machine, proc: Process, names: list[str]) -> Room | None:
@@ -54,6 +74,37 @@ def find_room(m: Machine, proc: Process, names: list[str]) -> Room | None:
         sum(w.cost_s for w in ways),
         max(w.rank for w in ways),
     )
+
+
+def bound(m: Machine) -> Bound:
+    """The most bytes that could be given on each of so many devices of the pool, now, were all in
+    the line of a class. Who needs more is neither started nor makes room."""
+    found: dict[int, list[Reach]] = {}
+
+    def most(cls: int, gang: int) -> int:
+        if cls not in found:
+            found[cls] = reach(m, cls, list(m.pool))
+        return found[cls][gang - 1].most if gang <= len(found[cls]) else -1
+
+    return most
+
+
+def reach(m: Machine, cls: int, names: list[str]) -> list[Reach]:
+    """What somebody of a class could have on each of 1, 2, 3 ... of these devices."""
+    each = [_could_get(m, cls, d) for d in names]
+    columns = (sorted(column, reverse=True) for column in zip(*each, strict=True))
+    return [Reach(*row) for row in zip(*columns, strict=True)]
+
+
+def _could_get(m: Machine, cls: int, device: str) -> Reach:
+    free = m.ledger.free(device)
+    leaving, may_go = 0, 0
+    for worker in (m.workers[w] for w in m.on_device[device]):
+        if worker.leaving:
+            leaving += m.ledger.would_free(worker.pid, device)
+        elif _goes(m, cls, worker) is not None:
+            may_go += m.ledger.would_free(worker.pid, device)
+    return Reach(free, free + leaving, free + leaving + may_go)
 
 
 def _on_device(m: Machine, proc: Process, device: str) -> Room | None:
@@ -86,6 +137,23 @@ def _on_device(m: Machine, proc: Process, device: str) -> Room | None:
 
 def _rank(m: Machine, proc: Process, worker: Worker) -> int | None:
     """How soon a worker goes for `proc`, 0 first; None: not at all."""
+    rank = _goes(m, int(proc.cls), worker)
+    if rank == ASK and not m.policy.displaces(_job(m, proc), _job(m, m.procs[worker.pid])):
+        if _speaks_for_those_behind(m, proc):
+            m.stays.add((int(proc.cls), worker.worker_id))
+        return None
+    return rank
+
+
+def _speaks_for_those_behind(m: Machine, proc: Process) -> bool:
+    """Is it where the policy has put it? Then whom it does not displace nobody behind it does."""
+    if not m.policy.in_order or proc.pid not in m.waiting:
+        return False
+    return m.waiting.place(proc.pid) == m.policy.place(_job(m, proc))
+
+
+def _goes(m: Machine, cls: int, worker: Worker) -> int | None:
+    """How soon a worker goes for somebody of a class; ASK: if the policy says so."""
     if worker.leaving or worker.away or worker.moving:
         return None
     owner = m.procs[worker.pid]
@@ -98,11 +166,12 @@ def _rank(m: Machine, proc: Process, worker: Worker) -> int | None:
         return None
     if owner.state is State.PAUSED:
         return 1
-    if owner.cls > proc.cls:
+    if owner.cls > cls:
         return 4 - int(owner.cls)
-    if owner.cls < proc.cls or stay < m.settings.min_residency_s - 1e-6:
+    if owner.cls < cls or stay < m.settings.min_residency_s - 1e-6:
         return None
-    return 4 if m.policy.displacing and m.policy.displaces(_job(m, proc), _job(m, owner)) else None
+    asked = m.policy.displacing and (cls, worker.worker_id) not in m.stays
+    return ASK if asked else None
 
 
 def _job(m: Machine, proc: Process) -> Job:

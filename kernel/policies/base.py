@@ -87,6 +87,8 @@ class Turns(ABC):
 class Policy(ABC):
     name: ClassVar[str]
     displacing: ClassVar[bool] = True  # False: `displaces` is never asked
+    # True: whom a job does not displace, no job of a later place does; so it is asked less often.
+    in_order: ClassVar[bool] = False
 
     def __init__(self, slice_s: float = 0.5) -> None:
         self.slice_s = slice_s

@@ -89,6 +89,7 @@ class Shares(Turns):
 
 class Eevdf(Policy):
     name: ClassVar[str] = "eevdf"
+    in_order: ClassVar[bool] = True
 
     # A stay in memory that is worth its two moves, in device-seconds of a process of nice 0.
     stay_s: ClassVar[float] = 60.0

@@ -26,7 +26,8 @@ class Member:
     ran_s: float = 0.0
     over: bool = False
     bucket: int = 0  # up to here it is in the table of all jobs
-    ranks: list[float] | None = None  # by bucket; None when a sibling has come, or ended
+    ranks: list[float] | None = None  # by bucket; None when there is more to make them of
+    ranks_of: int = -1  # how much had been learned when they were made
 
 
 @dataclass(slots=True)

@@ -46,6 +46,10 @@ class Guarded(Policy):
     def displacing(self) -> bool:  # type: ignore[override]
         return self.inner.displacing
 
+    @property
+    def in_order(self) -> bool:  # type: ignore[override]
+        return self.inner.in_order
+
     def displaces(self, waiting: Job, resident: Job) -> bool:
         return bool(self._ask("displaces", bool, waiting, resident))
 

@@ -19,6 +19,7 @@ _WEIGHT_0 = 1024.0
 
 class LeastAttained(Policy):
     name: ClassVar[str] = "las"
+    in_order: ClassVar[bool] = True
 
     def turns(self) -> Turns:
         return Ordered(self.place, lambda job: job.request_s)

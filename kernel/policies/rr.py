@@ -14,6 +14,7 @@ from llmos.kernel.policies.base import Job, Ordered, Place, Policy, Turns
 
 class RoundRobin(Policy):
     name: ClassVar[str] = "rr"
+    in_order: ClassVar[bool] = True
 
     def turns(self) -> Turns:
         turn = itertools.count()

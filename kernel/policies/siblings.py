@@ -37,6 +37,7 @@ _WEIGHT_0 = 1024.0
 
 class Siblings(Policy):
     name: ClassVar[str] = "siblings"
+    in_order: ClassVar[bool] = True
 
     def __init__(self, slice_s: float = 0.5) -> None:
         super().__init__(slice_s)
@@ -46,6 +47,7 @@ class Siblings(Policy):
         self._families: dict[str, Family] = {}
         self._members: dict[str, Member] = {}
         self._plain: list[float] | None = None  # the ranks of who has no sibling that has run
+        self._learned = 0  # counts ends, and jobs that grew into the next bucket
 
     def turns(self) -> Turns:
         return Shares(self.slice_s)
@@ -70,7 +72,7 @@ class Siblings(Policy):
     def ended(self, job: Job) -> Iterable[str]:
         member = self._seen(job)
         member.over = True
-        self._plain = None
+        self._learn()
         self._entered[member.bucket] += 1
         self._ended[member.bucket] += 1
         self._spent[member.bucket] += member.ran_s - EDGES[member.bucket]
@@ -89,20 +91,28 @@ class Siblings(Policy):
             self._entered[member.bucket] += 1
             self._spent[member.bucket] += WIDTH[member.bucket]
             member.bucket += 1
-            self._plain = None
+            self._learn()
         return member
 
+    def _learn(self) -> None:
+        """All that ranks are made of changes here: ends and buckets, never an arrival as such."""
+        self._plain = None
+        self._learned += 1
+
     def _stale(self, member: Member) -> list[str]:
+        """Those near it whose ranks are of before something was learned take new ones. Of a
+        thousand that are submitted before the first has run each would get the same again."""
         near = self._families[member.family].near(member.at)
-        for other in near:
+        old = [other for other in near if other.ranks_of != self._learned]
+        for other in old:
             other.ranks = None
-        return [other.key for other in near if not other.over]
+        return [other.key for other in old if not other.over]
 
     def _rank(self, job: Job) -> float:
         """Seconds of a device for each end that may be expected of it."""
         member = self._seen(job)
         if member.ranks is None:
-            member.ranks = self._ranks(member)
+            member.ranks, member.ranks_of = self._ranks(member), self._learned
         return member.ranks[member.bucket] * job.devices * _WEIGHT_0 / job.weight
 
     def _ranks(self, member: Member) -> list[float]:

@@ -18,6 +18,7 @@ WORTH_A_MOVE = 0.5
 
 class ShortestFirst(Policy):
     name: ClassVar[str] = "sjf"
+    in_order: ClassVar[bool] = True
 
     def turns(self) -> Turns:
         return Ordered(self.place, lambda job: job.request_s)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 
 from llmos.kernel.ledger import Ledger
-from llmos.kernel.line import Line
+from llmos.kernel.line import Line, Need
 from llmos.kernel.policies.base import Job
 from llmos.kernel.policies.eevdf import Eevdf, Shares
 from llmos.kernel.process import Class, weight_of
@@ -67,14 +67,14 @@ def costs(count: int) -> None:
         ledger.add_device(f"d{n}", "sim", 80 * 2**30)
     for n in range(count):
         need = rng.choice((1, 2, 4, 8, 16)) * 2**30
-        line.add(n, 1, (rng.random(),), (need, (), 1, ""))
+        line.add(n, 1, (rng.random(),), Need(need))
     segments = [{"kind": "weights", "bytes": 2**30, "shared": ""}]
     pid = iter(range(count, 10**9))
 
     def admit() -> None:
         """One comes, the line is passed over once, it gets its memory; another's comes free."""
         new = next(pid)
-        line.add(new, 1, (rng.random() / 1e6,), (2**30, (), 1, ""))
+        line.add(new, 1, (rng.random() / 1e6,), Need(2**30))
         for head in line.heads():
             found = ledger.with_free(2**30)
             if found:

@@ -57,6 +57,20 @@ def test_a_smaller_process_passes_one_that_does_not_fit_but_not_for_ever() -> No
     assert toy.state(large) is State.WAITING
 
 
+def test_one_that_could_not_even_fit_with_all_others_gone_closes_the_device_too() -> None:
+    toy = Toy(capacity=1000, policy=Fifo(), passing_s=60.0)
+    toy.submit(steps=10_000, nbytes=500)
+    large = toy.submit(nbytes=900)
+    toy.run(30)
+    toy.submit(nbytes=950)
+    toy.run(31)
+    late = toy.submit(nbytes=10, steps=1)
+    assert toy.state(late) is State.WAITING, "the first of the large ones has waited long enough"
+    assert toy.state(large) is State.WAITING
+    alarms = [pid for _, pid, _ in toy.core.m.alarms if pid]
+    assert len(alarms) == len(set(alarms)), "of each waiting one the next moment, no more"
+
+
 def test_an_interactive_process_takes_the_device_at_once() -> None:
     toy = Toy()
     training = toy.submit(steps=1000, step_s=10.0)

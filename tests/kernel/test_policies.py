@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmos.kernel.policies.base import Job, Policy, Turns
+from llmos.kernel.policies.base import Job, Place, Policy, Turns
 from llmos.kernel.policies.eevdf import Eevdf, Shares
 from llmos.kernel.policies.fifo import Fifo
-from llmos.kernel.policies.gittins import indices
+from llmos.kernel.policies.gittins import Member, indices
 from llmos.kernel.policies.guarded import Guarded
 from llmos.kernel.policies.las import LeastAttained
 from llmos.kernel.policies.rr import RoundRobin
@@ -193,6 +193,56 @@ def test_it_says_whose_place_an_end_changes() -> None:
     before = policy.place(job("c", family="f"))
     assert set(policy.ended(job("a", family="f", attained_s=5.0))) == {"b", "c"}
     assert policy.place(job("c", family="f")) != before
+
+
+class Anew(Siblings):
+    """Takes everything near an arrival as changed."""
+
+    def _stale(self, member: Member) -> list[str]:
+        for other in self._families[member.family].near(member.at):
+            other.ranks_of = -1
+        return super()._stale(member)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["arrive", "arrive", "grow", "end"]), st.integers(0, 11),
+                  st.floats(0, 50)),
+        max_size=60,
+    )
+)  # fmt: skip
+def test_no_arrival_changes_a_place_before_there_is_something_to_learn(
+    script: list[tuple[str, int, float]],
+) -> None:
+    lazy, anew = Siblings(0.5), Anew(0.5)
+    jobs, places = dict[str, Job](), (dict[str, Place](), dict[str, Place]())
+    for what, number, seconds in script:
+        key = f"j{number}"
+        if what == "arrive" and key not in jobs:
+            jobs[key] = job(key, family="f" if number % 3 else "g")
+        if key not in jobs:
+            continue
+        jobs[key].attained_s += seconds if what == "grow" else 0.0
+        for policy, seen in zip((lazy, anew), places, strict=True):
+            moved: list[str] = []
+            if what == "grow":  # as it is when one in memory is looked at
+                policy.displaces(jobs[key], jobs[key])
+            elif what == "end":
+                moved = list(policy.ended(jobs[key]))
+            elif key not in seen:
+                moved = [*policy.arrived(jobs[key]), key]
+            seen.update((k, policy.place(jobs[k])) for k in moved if k in jobs)
+        if what == "end":
+            del jobs[key]
+        assert places[0] == places[1]
+
+
+def test_a_thousand_alike_that_come_before_the_first_has_run_move_nobody() -> None:
+    policy = Siblings(0.5)
+    for n in range(1000):
+        moved = policy.arrived(job(f"j{n}", family="f"))
+        assert list(moved) == [f"j{n}"]
+        policy.place(job(f"j{n}", family="f"))
 
 
 def test_a_long_history_is_forgotten_and_the_ranks_stay() -> None:

@@ -121,6 +121,21 @@ def test_equals_that_do_not_fit_together_take_turns_in_memory(policy: type[Eevdf
     assert sum(toy.proc(p).moves for p in pids) <= 1200 / 30
 
 
+def test_who_goes_for_an_urgent_one_makes_room_for_who_comes_after_it() -> None:
+    toy = Toy(capacity=1100, policy=RoundRobin())
+    toy.proc(toy.submit(steps=100_000, nbytes=100)).has_checkpoint = False
+    old = toy.submit(steps=100_000, nbytes=500)
+    toy.run(25)
+    young = toy.submit(steps=100_000, nbytes=300)
+    toy.run(10)
+    toy.submit(nbytes=1050)
+    after = toy.submit(nbytes=900, steps=10)
+    assert toy.state(old) in (State.RUNNING, State.READY), "the young one may stay: no use"
+    toy.submit(nbytes=450, cls=Class.INTERACTIVE, steps=5)
+    assert toy.state(young) is State.STOPPING, "the cheapest to bring back"
+    assert toy.state(old) is State.STOPPING, f"with the young one gone it is enough for {after}"
+
+
 def test_first_come_first_served_moves_nobody() -> None:
     toy = Toy(capacity=100, policy=Fifo())
     first, second = toy.submit(steps=2000), toy.submit(steps=10)

@@ -6,18 +6,25 @@ that a failure is shown as the shortest one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmos.kernel import admission
 from llmos.kernel import events as ev
 from llmos.kernel.errors import BadRequest, NoMemory
+from llmos.kernel.line import Line
+from llmos.kernel.policies.base import Policy
+from llmos.kernel.policies.siblings import Siblings
 from llmos.kernel.process import Class, Role, State
 from support.toy import Toy
 
 MIB = 1024**2
+ALL: list[type[Policy]] = [p.load() for p in entry_points(group="llmos.policies")]
 CAPACITY = 1000 * MIB
 
 classes = st.sampled_from(list(Class))
@@ -47,8 +54,8 @@ actions = st.one_of(
 
 
 class Story:
-    def __init__(self, devices: int) -> None:
-        self.toy = Toy(CAPACITY, devices)
+    def __init__(self, devices: int, policy: Policy | None = None, **settings: float) -> None:
+        self.toy = Toy(CAPACITY, devices, policy, **settings)
         self.pids: list[int] = []
 
     def play(self, script: list[tuple[Any, ...]]) -> Story:
@@ -174,3 +181,33 @@ def test_the_same_script_gives_the_same_story_twice(script: list[tuple[Any, ...]
     assert first.toy.orders == second.toy.orders
     stories = [[p.story for p in s.toy.core.m.procs.values()] for s in (first, second)]
     assert stories[0] == stories[1]
+
+
+class AllTried(Line):
+    """A line that leaves out nobody."""
+
+    def heads(self, *left_out: Any) -> Iterator[int]:
+        return super().heads()
+
+
+hurried = {"passing_s": 0.3, "min_residency_s": 0.2, "residency_moves": 1.0, "aging_s": 5.0}
+submits = st.tuples(
+    st.just("submit"), st.integers(1, 12), st.integers(0, 900), classes, nices, st.just("no")
+)
+
+
+@pytest.mark.parametrize("policy", [None, *ALL], ids=lambda p: p.name if p else "default")
+@given(st.lists(st.one_of(submits, submits, actions), min_size=4, max_size=40), st.integers(1, 3))
+def test_to_leave_out_who_cannot_fit_changes_nothing(
+    policy: type[Policy] | None, script: list[tuple[Any, ...]], devices: int
+) -> None:
+    stories = []
+    with pytest.MonkeyPatch.context() as patch:
+        for line in (Line(), AllTried()):
+            story = Story(devices, policy() if policy else None, **hurried)
+            story.toy.core.m.waiting = line
+            stories.append(story.play(script))
+            story.to_the_end()
+            patch.setattr(admission._Pass, "_is_hopeless", lambda *_: False)
+            patch.setattr(policy or Siblings, "in_order", False)
+    assert stories[0].toy.orders == stories[1].toy.orders
