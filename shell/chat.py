@@ -31,7 +31,7 @@ QUIET_S = 0.3
 # A chat that waits for its user ends at once when it is told to; who is slower is killed.
 END_S = 5.0
 # Which engine it is, and how it answers at all: these stay for the length of a conversation.
-_FIXED = frozenset({"adapter", "logprobs", "exact"})
+_FIXED = frozenset({"adapter", "exact", "ignore_eos", "logit_bias", "logprobs"})
 
 
 class ChatEnded(LlmosError):
@@ -302,9 +302,10 @@ class Conversation:
     def change(self, name: str, word: str) -> None:
         """Set one of the program's arguments from now on. Raises Usage, LlmosError."""
         option = self.option(name)
-        self.change_all(
-            {option.name: option.default if word == "default" else value_of(option, word)}
-        )
+        value = option.default if word == "default" else value_of(option, word)
+        if value is None:
+            raise Usage(f"{option.name} has no default to go back to")
+        self.change_all({option.name: value})
 
     def change_all(self, values: Record) -> None:
         if self._line is not None:

@@ -11,7 +11,7 @@ import pytest
 
 from llmos.shell.chatinput import PLACEHOLDER
 from llmos.shell.launch import wait_gone
-from support.engine_has import EXIT_OF_A_CHAT, needs_history
+from support.engine_has import EXIT_OF_A_CHAT
 from support.machine import LIMIT_S, Machine
 from support.terminal import Terminal
 
@@ -58,7 +58,6 @@ def test_on_a_pipe_each_line_is_a_turn(llmos: Machine) -> None:
     assert "\x1b" not in done.stdout
 
 
-@needs_history
 def test_clear_regenerate_and_load_on_a_real_engine(llmos: Machine) -> None:
     with chat(llmos) as terminal:
         terminal.expect(PLACEHOLDER)
@@ -76,7 +75,6 @@ def test_clear_regenerate_and_load_on_a_real_engine(llmos: Machine) -> None:
         assert terminal.ended() == 0
 
 
-@needs_history
 def test_a_chat_that_was_killed_goes_on_in_a_new_process(llmos: Machine) -> None:
     with chat(llmos) as terminal:
         terminal.expect(PLACEHOLDER)

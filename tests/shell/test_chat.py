@@ -158,13 +158,13 @@ def test_without_a_kernel_the_person_can_still_leave_and_save(off: Site, capsys:
 
 
 def test_settings_are_typed_checked_and_sent(off: Site, chats: Chats, capsys: Captured) -> None:
-    lines = ("/set max_tokens 5", "/set stop END", '/set stop ["a", "\\n"]', "/set ignore-eos on",
+    lines = ("/set max_tokens 5", "/set stop END", '/set stop ["a", "\\n"]', "/set loud on",
              "/set max_tokens many", "/set dtype float32", "/set max_token 5", "/set max_tokens",
              "/set temperature default", '/set system """be', "/show", "/system be kind", "/system",
-             "/set parameter seed 4")  # fmt: skip
+             "/set parameter seed 4", "/set seed default")  # fmt: skip
     talk = converse(off, *lines)
     assert [i["set"] for i in chats.inputs if "set" in i] == [
-        {"max_tokens": 5}, {"stop": ["END"]}, {"stop": ["a", "\n"]}, {"ignore_eos": True},
+        {"max_tokens": 5}, {"stop": ["END"]}, {"stop": ["a", "\n"]}, {"loud": True},
         {"temperature": 0.8}, {"system": '"""be'}, {"system": "be kind"}, {"seed": 4},
     ]  # fmt: skip
     assert talk.conversation.args["system"] == "be kind"
@@ -172,6 +172,7 @@ def test_settings_are_typed_checked_and_sent(off: Site, chats: Chats, capsys: Ca
     assert "--max-tokens takes a whole number, not 'many'" in err
     assert "there is no setting 'dtype'" in err, "it belongs to the engine"
     assert "did you mean `max_tokens`?" in err
+    assert "seed has no default to go back to" in err
     assert "max_tokens  5  (the max_tokens)" in out
     assert "\nbe kind\n" in out
 

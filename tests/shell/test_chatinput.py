@@ -153,7 +153,7 @@ def test_commands_settings_and_conversations_are_completed(talk: Talk, off: Site
     assert {"seed", "stats", "markdown"} <= set(words(talk, "/set "))
     assert "dtype" not in words(talk, "/set ")
     assert words(talk, "/set markdown ") == ["on", "off"]
-    assert words(talk, "/set ignore_eos o") == ["on", "off"]
+    assert words(talk, "/set loud o") == ["on", "off"]
     assert words(talk, "/show sy") == ["system"]
     assert words(talk, "hello /s") == []
     save(off.home, "holiday", SavedChat("m"))

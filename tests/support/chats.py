@@ -13,7 +13,7 @@ from support.scripted import Scripted, Send
 FIELDS = [
     ("model", "str", True, None), ("system", "str", False, ""), ("max_tokens", "int", False, 512),
     ("temperature", "float", False, 0.8), ("stop", "list", False, []),
-    ("ignore_eos", "bool", False, False), ("seed", "int?", False, None),
+    ("loud", "bool", False, False), ("seed", "int?", False, None),
     ("dtype", "str", False, "auto"), ("logprobs", "int?", False, None),
 ]  # fmt: skip
 SCHEMA: dict[str, Any] = {
