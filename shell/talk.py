@@ -242,6 +242,7 @@ class Talk:
         chat = chats.load(self.ctx.home, rest)
         talk = self.conversation
         talk.replace(chat.messages)
+        talk.last = {}
         apply_settings(talk, chat, {})
         self.loaded(rest, chat)
 
@@ -265,6 +266,7 @@ class Talk:
             else:
                 with View(self.ctx, "chat", markdown=self.conversation.markdown) as view:
                     view.show({"kind": "text", "text": message["content"]})
+                self.ctx.say("")
 
     def _list_chats(self) -> None:
         home = self.ctx.home

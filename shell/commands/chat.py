@@ -82,7 +82,8 @@ def toolbar(talk: Talk, limit: int | None) -> str:
     if last.get("tokens_per_s"):
         parts.append(f"{speed(last['tokens_per_s'])} tokens/s")
     used = context_used(last) if conversation.messages else 0
-    parts.append(f"context {count(used)}{f'/{count(limit)}' if limit else ''} tokens")
+    if used or not conversation.messages:  # of a loaded one nobody knows before its next turn
+        parts.append(f"context {count(used)}{f'/{count(limit)}' if limit else ''} tokens")
     parts += [talk.name] if talk.name else []
     return " " + " · ".join(parts)
 

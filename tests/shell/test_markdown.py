@@ -201,6 +201,7 @@ PIECES = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @given(PIECES, st.integers(3, 50), st.randoms())
 def test_streamed_and_written_at_once_look_the_same(
     pieces: list[str], columns: int, random
@@ -222,12 +223,14 @@ def is_subsequence(some: list[str], all_: list[str]) -> bool:
     return all(c in rest for c in some)
 
 
+@pytest.mark.slow
 @given(PIECES, st.integers(2, 40), st.integers(1, 6))
 def test_no_text_is_lost_on_a_small_screen(pieces: list[str], columns: int, lines: int) -> None:
     screen = streamed(*pieces, columns=columns, lines=lines)
     assert is_subsequence(letters("".join(pieces)), letters(" ".join(screen.rows)))
 
 
+@pytest.mark.slow
 @given(PIECES, st.integers(8, 40), st.integers(4, 39), st.integers(0, 40))
 def test_no_text_is_lost_when_the_terminal_gets_narrower(
     pieces: list[str], columns: int, after: int, at: int
@@ -242,6 +245,7 @@ def test_no_text_is_lost_when_the_terminal_gets_narrower(
     assert is_subsequence(letters("".join(pieces)), letters("".join(screen.rows)))
 
 
+@pytest.mark.slow
 @given(PIECES, st.integers(0, 40))
 def test_a_note_in_the_midst_loses_nothing(pieces: list[str], at: int) -> None:
     screen = Screen(40, 30)
