@@ -390,3 +390,31 @@ def test_a_bug_is_one_line_too(sh: Shell, monkeypatch: pytest.MonkeyPatch) -> No
     assert ran.status == 1
     assert "llmos: ZeroDivisionError: oops" in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_a_model_is_loaded_kept_and_unloaded(sh: Shell, site: Site) -> None:
+    loaded = sh("load", "toy", "--keep-alive", "90s")
+    assert loaded.status == 0
+    assert "for 1:30 after its last use" in loaded.err
+    (engine,) = [p for p in sh("ps", "--json").json if p["role"] == "engine"]
+    assert engine["args"]["keep_alive_s"] == 90
+    again = sh("load", "toy", "--json").json
+    assert (again["pid"], again["keep_alive_s"]) == (engine["pid"], -1)
+    with site.client() as client:
+        guest = client.submit("infer", {"model": "toy", "prompt": "x", "max_tokens": 100_000})
+        refused = sh("unload", "toy")
+        assert refused.status == 1
+        assert f"in use by process {guest} (infer)" in refused.err
+        client.kill(guest)
+    assert "is unloaded" in sh("stop", "toy").err
+    assert not [p for p in sh("ps", "--json").json if p["role"] == "engine"]
+    assert "toy is not loaded" in sh("unload", "toy").err
+    assert "no-such-model" in sh("load", "no-such-model").err
+
+
+@pytest.mark.parametrize(
+    ("line", "same"), [("list", "models"), ("ls", "models"), ("show toy", "models show toy")]
+)
+def test_models_have_the_names_that_fingers_know(sh: Shell, line: str, same: str) -> None:
+    assert sh.ok(*line.split()) == sh.ok(*same.split())
+    assert sh.ok(line.split()[0], "--help") == sh.ok("models", "--help")
