@@ -16,6 +16,7 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI
+from safetensors.torch import load_file, save_file
 
 from llmos.shell import Client
 from support.machine import Machine, end, make_machine
@@ -39,7 +40,7 @@ def until(true: Callable[[], Any], what: str, within_s: float = LIMIT_S) -> Any:
 
 class Served:
     """A booted machine with the models `tiny` (a chat template, 128 tokens), `plain` (none, 128
-    tokens) and `long` (8192); and its gateway, unless it is to have none."""
+    tokens) and `long` (8192, no end); and its gateway, unless it is to have none."""
 
     def __init__(self, *flags: str, gateway: bool = True) -> None:
         self.machine: Machine = make_machine()
@@ -48,7 +49,7 @@ class Served:
         models.mkdir(mode=0o700)
         make_llama(models / "tiny", TEMPLATE)
         make_gpt2(models / "plain")
-        make_llama(models / "long", max_position_embeddings=8192)
+        never_ends(make_llama(models / "long", max_position_embeddings=8192))
         self.machine.ok("boot")
         if gateway:
             self.machine.ok("serve", "-d", "--port", "0", *flags)
@@ -94,6 +95,13 @@ class Served:
     def end(self) -> None:
         end(self.machine)
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+def never_ends(folder: Path) -> None:
+    """The likeliest token of this model is never the last one."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][0] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def fields(**more: Any) -> dict[str, Any]:
