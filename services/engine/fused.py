@@ -39,24 +39,40 @@ def fuse(model: Any) -> int:
     config = model.config
     if config.model_type not in FUSED_TYPES or config.hidden_act != "silu":
         return 0
-    count = 0
+    count, turns = 0, Turns()
     for layer in model.base_model.layers:
         if _is_whole(layer):
-            layer.forward = MethodType(FusedLayer(layer, config), layer)
+            layer.forward = MethodType(FusedLayer(layer, config, turns), layer)
             count += 1
     return count
+
+
+class Turns:
+    """Cosines and sines as the kernels take them, made once for all layers of a forward."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, Tensor] | None = None
+        self._made: list[Tensor] = []
+
+    def made(self, of: tuple[Tensor, Tensor], like: Tensor) -> list[Tensor]:
+        """For tokens `like` (batch, tokens, width): each (batch, tokens, dim)."""
+        if of is not self._of:
+            wanted = *like.shape[:2], of[0].shape[-1]
+            self._made = [part.to(like.dtype).expand(wanted).contiguous() for part in of]
+            self._of = of
+        return self._made
 
 
 class FusedLayer:
     """The forward of one decoder layer."""
 
-    def __init__(self, layer: Any, config: Any) -> None:
+    def __init__(self, layer: Any, config: Any, turns: Turns) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._unfused: Callable[..., Tensor] = layer.forward
         self._attention, self._config = attention, config
         # What transformers takes where no other attention is asked for.
         self._eager = sys.modules[type(attention).__module__].eager_attention_forward
-        self._kernels = ready()
+        self._kernels, self._turns = ready(), turns
         self._dim = int(attention.head_dim)
         self._turned = bool(getattr(attention, "use_rope", True))
         self._window = _window(attention, config)
@@ -70,6 +86,7 @@ class FusedLayer:
         ]
         norms = layer.input_layernorm, layer.post_attention_layernorm
         heads = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self._dtype = norms[0].weight.dtype
         # Held here: the kernels have only addresses.
         self._norms = [None if n is None else n.weight for n in (*norms, *heads)]
         pointers = [None if w is None else w.data_ptr() for w in self._norms]
@@ -94,8 +111,10 @@ class FusedLayer:
     ) -> Tensor:
         told = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
         turns = position_embeddings if self._turned else None
-        part_only = turns is not None and turns[0].shape[-1] != self._dim
-        if part_only or not self._is_plain():
+        other = hidden_states.dtype != self._dtype or (
+            turns is not None and turns[0].shape[-1] != self._dim
+        )
+        if other or not self._is_plain():
             return self._unfused(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -143,10 +162,7 @@ class FusedLayer:
             torch.empty(batch, tokens, width // self._dim, self._dim, dtype=values.dtype)
             for width in self._widths
         ]
-        wanted = batch, tokens, self._dim
-        parts: list[Tensor | None] = [None, None]
-        if turns is not None:
-            parts = [part.to(values.dtype).expand(wanted).contiguous() for part in turns]
+        parts = [None, None] if turns is None else self._turns.made(turns, values)
         self._kernels.before(
             self._at,
             values.data_ptr(),

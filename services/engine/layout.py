@@ -127,7 +127,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         rows = values.reshape(-1, values.shape[-1])
-        if len(rows) <= self.FEW and values.dtype == torch.bfloat16:
+        if 0 < len(rows) <= self.FEW and values.dtype == torch.bfloat16:
             product: Tensor = torch._weight_int8pack_mm(rows, self.whole, self.scales)
         else:
             product = values.new_empty(len(rows), len(self.whole))
@@ -137,7 +137,7 @@ class Int8Linear(nn.Module):
             product *= self.scales
         if self.bias is not None:
             product += self.bias
-        return product.view(*values.shape[:-1], -1)
+        return product.view(*values.shape[:-1], len(self.whole))
 
 
 def _shrink(module: nn.Module) -> None:

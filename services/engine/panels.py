@@ -31,6 +31,7 @@ from llmos.services.engine.native.weights import (
 CHUNK = 1 << 20
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_FLOATS = (torch.float32, torch.bfloat16)
 _LARGEST = 127  # of int8
 
 
@@ -101,9 +102,10 @@ class PanelLinear(nn.Module):
         self.matrix = self.panels.matrix(self.bias)
         self._at = ctypes.addressof(self.matrix)
         self._kernels = ready()
+        self._takes = _taken(self.panels.kind, self.bias)
 
     def forward(self, values: Tensor) -> Tensor:
-        rows, half = _checked(values, self.in_features)
+        rows, half = _checked(values, self.in_features, self._takes)
         out = torch.empty(
             (*values.shape[:-1], self.out_features),
             dtype=torch.float32 if self.wide else values.dtype,
@@ -151,7 +153,7 @@ class PanelNorm(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         size = self.weight.shape[0]
-        rows, half = _checked(values, size)
+        rows, half = _checked(values, size, (self.weight.dtype,))
         out = torch.empty_like(rows)
         self._kernels.norm(
             rows.data_ptr(), self.weight.data_ptr(), self.variance_epsilon, out.data_ptr(),
@@ -189,9 +191,16 @@ def _lines(weight: Tensor, group: int) -> Tensor:
     return panels.view(torch.uint8).view(lanes // PANEL, length // group, LINE_BYTES)
 
 
-def _checked(values: Tensor, size: int) -> tuple[Tensor, bool]:
-    """Tokens as the kernels take them, and whether they are bfloat16."""
-    half = values.dtype == torch.bfloat16
-    if not (half or values.dtype == torch.float32) or values.shape[-1] != size:
-        raise TypeError(f"{size} numbers of float32 or bfloat16 are expected, not {values.shape}")
-    return values.contiguous(), half
+def _taken(kind: str, bias: Tensor | None) -> tuple[torch.dtype, ...]:
+    """The types of tokens that such a weight is multiplied with."""
+    if bias is not None:
+        return (bias.dtype,)
+    return _FLOATS if kind == "int8" else (_STORED[kind],)
+
+
+def _checked(values: Tensor, size: int, takes: tuple[torch.dtype, ...]) -> tuple[Tensor, bool]:
+    """Tokens as the kernels take them, and whether they are bfloat16. Raises TypeError."""
+    if values.dtype not in takes or values.shape[-1] != size:
+        raise TypeError(f"{size} numbers of {takes[0]} are expected, not {values.dtype} of shape "
+                        f"{tuple(values.shape)}")  # fmt: skip
+    return values.contiguous(), values.dtype == torch.bfloat16

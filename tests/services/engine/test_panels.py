@@ -102,7 +102,7 @@ def test_int8_of_a_row_of_zeros_is_zero_and_a_nan_is_not_hidden() -> None:
 
 def test_tokens_of_another_type_or_size_are_refused() -> None:
     layer = linear(torch.randn(40, 16), None, "float32")
-    for values in (torch.randn(3, 17), torch.randn(3, 16, dtype=torch.float64)):
+    for values in (torch.randn(3, 17), torch.randn(3, 16).double(), torch.randn(3, 16).bfloat16()):
         with pytest.raises(TypeError, match="16"):
             layer(values)
 
@@ -258,6 +258,7 @@ def test_int8_without_kernels_has_the_same_numbers() -> None:
         layout.Int8Linear(plain)(values).detach(), expected.detach(), rtol=1e-4, atol=1e-4
     )
     half = layout.Int8Linear(plain.to(torch.bfloat16))
+    assert half(torch.empty(1, 0, 48, dtype=torch.bfloat16)).shape == (1, 0, 70)
     for tokens in (1, 40):  # torch's own kernel, and the weight made whole
         values = torch.randn(tokens, 48)
         near = nn.functional.linear(values, plain.weight.float(), plain.bias.float())
