@@ -118,7 +118,7 @@ def check(kernel: Kernel, request: Any, client: Connection) -> None:
 
 def _check_own(kernel: Kernel, request: Any, client: Connection) -> None:
     unknown = request.pid not in kernel.core.m.procs
-    if unknown and isinstance(request, p.Attach | p.Send) and not kernel.adopted.is_set():
+    if unknown and isinstance(request, p.Attach | p.Send) and not kernel.adoption.over.is_set():
         return  # an engine that outlived the kernel may know it: they ask again when it has spoken
     proc = kernel.core.m.find(request.pid)
     if proc.uid != client.uid:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal as signals
 
 from llmos.kernel import admission, deadlines, room, standing, turns, watch
+from llmos.kernel.endings import end, end_unneeded, to_waiting
 from llmos.kernel.errors import BadArgument, IllegalMove
 from llmos.kernel.events import (
     AskCheckpoint,
@@ -21,7 +22,6 @@ from llmos.kernel.events import (
     StopAsked,
 )
 from llmos.kernel.guests import join_engine, rest_engine, want
-from llmos.kernel.lifecycle import end, end_unneeded, to_waiting
 from llmos.kernel.machine import Machine, Worker
 from llmos.kernel.process import CLASSES, Process, Role, State
 

@@ -1,8 +1,8 @@
 """The core: an event goes in, orders come out. No clock, no socket, no torch.
 
 The same code runs live, in tests with plain lists, and in a simulation with virtual time: the
-time of an event is passed in. `lifecycle`, `asked` and `guests` say what an event means for a
-process, `admission` who gets memory, `turns` who gets the device.
+time of an event is passed in. `lifecycle`, `endings`, `moving`, `asked` and `guests` say what an
+event means for a process, `admission` who gets memory, `turns` who gets the device.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from llmos.kernel import (
     admission,
     asked,
     deadlines,
+    endings,
     guests,
     lifecycle,
+    moving,
     outgrown,
     quota,
     retention,
@@ -191,7 +193,7 @@ class Core:
             if proc.role is Role.PROCESS or self.m.guests.get(proc.pid):
                 admission.wait_for_memory(self.m, proc)
             elif proc.role is Role.ENGINE:
-                lifecycle.end(self.m, proc, 0, "its worker went with an earlier kernel")
+                endings.end(self.m, proc, 0, "its worker went with an earlier kernel")
         return self.handle(Clock(), now)
 
     def check(self) -> None:
@@ -238,7 +240,7 @@ def _look(m: Machine, proc: Process) -> None:
     due = proc.next_start_at
     if proc.state is State.BACKOFF and due is not None and due <= m.now + 1e-9:
         if proc.role is Role.ENGINE:
-            lifecycle.end_unneeded(m, proc)
+            endings.end_unneeded(m, proc)
         if not m.shutting_down and proc.live:
             m.move(proc, State.WAITING, "starts again")
             admission.wait_for_memory(m, proc)
@@ -295,7 +297,7 @@ def _shutdown(m: Machine, _: ShutdownAsked) -> None:
     for guest in [p for p in m.procs.values() if p.role is Role.GUEST and p.live and p.attached]:
         engine = m.engine_of(guest)
         if engine is None or not engine.worker_id:  # else it is ended with its engine's worker
-            lifecycle.end(m, guest, 128 + 15, "the kernel shut down")
+            endings.end(m, guest, 128 + 15, "the kernel shut down")
 
 
 def _end_services_last(m: Machine) -> None:
@@ -323,16 +325,16 @@ _HANDLERS: dict[type[Any], Callable[[Machine, Any], None]] = {
     CanCheckpoint: lifecycle.can_checkpoint,
     Checkpointed: lifecycle.checkpointed,
     WorkerHeld: lifecycle.worker_held,
-    WorkerGone: lifecycle.worker_gone,
-    StartFailed: lifecycle.start_failed,
+    WorkerGone: endings.worker_gone,
+    StartFailed: endings.start_failed,
     GivenUp: asked.given_up,
     DiskTold: admission.disk_told,
     Expired: retention.expired,
     Measured: outgrown.measured,
     Shrunk: outgrown.shrunk,
-    MovedOut: lifecycle.moved_out,
-    MovedIn: lifecycle.moved_in,
-    MoveFailed: lifecycle.move_failed,
+    MovedOut: moving.moved_out,
+    MovedIn: moving.moved_in,
+    MoveFailed: moving.move_failed,
     KillAsked: asked.kill_asked,
     PauseAsked: asked.pause_asked,
     ResumeAsked: asked.resume_asked,

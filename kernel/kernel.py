@@ -6,14 +6,9 @@ Everything runs in one asyncio loop; nothing here blocks but opening small files
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import heapq
-import itertools
-import math
 import os
 import shutil
-import signal
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -22,48 +17,34 @@ from pathlib import Path
 from typing import Any
 
 from llmos.drivers.base import DeviceInfo, Driver, DriverEvent, WorkerSpec
-from llmos.kernel import access, disks, retention
+from llmos.kernel import access, disks
 from llmos.kernel import events as ev
+from llmos.kernel.adoption import Adoption
 from llmos.kernel.attached import AttachedGuests
 from llmos.kernel.calls import Calls
 from llmos.kernel.config import Config, policy_of, settings_of
 from llmos.kernel.connection import Connection
 from llmos.kernel.core import Core
-from llmos.kernel.database import unused
 from llmos.kernel.dmesg import Cause, Dmesg
-from llmos.kernel.errors import HomeUnusable, LlmosError, TimedOut
-from llmos.kernel.health import LOOK_S, Health
-from llmos.kernel.home import Home, boot_id
+from llmos.kernel.errors import LlmosError, TimedOut
+from llmos.kernel.health import Health
+from llmos.kernel.home import Home
 from llmos.kernel.installed import Installed
-from llmos.kernel.journal import LOST_AND_FOUND, Journal
+from llmos.kernel.journal import Journal
 from llmos.kernel.ledger import SYSTEM_PID
 from llmos.kernel.log import listeners, log
 from llmos.kernel.messages import Inbox
 from llmos.kernel.names import user_name
 from llmos.kernel.orders import EXECUTORS
+from llmos.kernel.owners import Owners
 from llmos.kernel.planner import Planner
-from llmos.kernel.process import Process, Role, State
-from llmos.kernel.rows import DamagedRow, unpack_row
+from llmos.kernel.process import Process, Role
 from llmos.kernel.services import Services
-from llmos.kernel.streams import Growth, trim
-
-# No OS process has begun then.
-NEVER = -2.0
+from llmos.kernel.streams import Growth
+from llmos.kernel.upkeep import Upkeep
 
 # A service answers within the caller's limit; a worker ends within this after being told to.
 DRAIN_S = 60.0
-
-# A client whose kernel has died comes back within this, or what was attached to it ends; one whose
-# connection broke while it and the kernel live comes back at once.
-OWNER_S, DROPPED_S = 60.0, 10.0
-
-# Memory is measured so many times less often while no device works.
-IDLE_MEASURE = 5
-# A worker that floods its log at a gigabyte a second is a gigabyte above the limit, no more.
-LOOK_AT_LOGS_S = 1.0
-
-# What was learned is written down once in so many measurements.
-SAVE_EVERY = 30
 
 
 class Kernel:
@@ -76,8 +57,9 @@ class Kernel:
         self.journal = Journal(home.journal, disks.disk_of(home.path).network)
         self.attached = AttachedGuests(home.attached)
         self.journal.on_change = lambda: self.health.look()
-        self.journal.on_lost = self._write_journal_anew
-        self.journal.on_refused = self._row_refused
+        self.upkeep = Upkeep(self)
+        self.journal.on_lost = self.upkeep.write_journal_anew
+        self.journal.on_refused = self.upkeep.row_refused
         self.drivers: dict[str, Driver] = drivers
         self.host: Any = drivers["host"]
         self.devices: dict[str, tuple[DeviceInfo, Driver]] = {}
@@ -91,13 +73,11 @@ class Kernel:
         self.manifest: dict[str, Any] = {}
         self.installed = Installed(self)
         self.stopping = asyncio.Event()
-        self._older: set[str] = set()  # workers of an earlier kernel
-        self.adopted = asyncio.Event()  # all workers of an earlier kernel have spoken, or are gone
+        self.adoption = Adoption(self)
         self.next_pid = self.first_pid = 1  # `first_pid`: of this kernel; those before are older
         self.services = Services(self)
         self.clients: set[Any] = set()
-        # Attached pids whose clients have yet to come back, and until when.
-        self.ownerless: dict[int, asyncio.TimerHandle] = {}
+        self.owners = Owners(self)
         self.inbox = Inbox(self)
         self.calls = Calls(self)
         self._changed: dict[int, list[asyncio.Future[None]]] = {}
@@ -105,7 +85,6 @@ class Kernel:
         self._alarms: list[float] = []  # a heap of the moments the core wants to be asked at
         self._alarms_at: set[float] = set()  # the same, to look one up
         self._closing = False
-        self._trimmed: set[int] = set()
         self.planning: dict[int, asyncio.Task[None]] = {}  # engines that are being planned
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.get_running_loop()
@@ -133,7 +112,7 @@ class Kernel:
         boot = f"llmos {version('llmos')}, OS process {os.getpid()}, {names}{died}"
         self.dmesg.write("boot", why=boot)
         self._restore(rows)
-        self._left_attached = self.attached.open()
+        self.adoption.left_attached = self.attached.open()
         self.health.look()
         for pid, why in self.journal.aside.items():
             log(f"the row of process {pid} is damaged ({why}) and set aside: `llmos fsck` tells")
@@ -152,142 +131,22 @@ class Kernel:
             if proc.live and worker:
                 self.worker_rows[proc.pid] = worker
             if proc.live and proc.attached:
-                self.await_owner(proc.pid)
+                self.owners.wait_for(proc.pid)
         self.first_pid = self.next_pid
 
     async def bring_up(self) -> None:
         """What may take longer than the socket: drivers, adoption, services, the manifest."""
         for driver in self.drivers.values():
             await driver.open(self._tell, self.home.path, self.home.id)
-        self._adopt()
-        self.spawn(self._clean_up())
+        self.adoption.adopt()
+        self.spawn(self.adoption.clean_up())
         self.spawn(self.installed.boot())
-        self.spawn(self._measure_for_ever())
-        self.spawn(self._trim_for_ever())
-        self.spawn(self._keep_house())
+        self.upkeep.begin()
         await self.installed.ready.wait()
-        self._revive_engines()
+        self.adoption.revive_engines()
         self.carry_out(self.core.resume_all(self.now()))
         self.services.start_all()
         self.spawn(self.services.watch())
-
-    def dropped(self, pid: int) -> None:
-        """The connection to an attached process's client broke, and the client is still there."""
-        self.await_owner(pid, DROPPED_S)
-
-    async def _clean_up(self) -> None:
-        """Folders of processes and workers that nobody knows any more go, once the adopted have
-        all spoken."""
-        old = list((self.home.path / "w").iterdir())
-        while self.adopting():
-            await self.growth.wait(SYSTEM_PID, 1.0)
-        self._restore_attached()
-        self.adopted.set()
-        known = self.core.m.procs.keys() | self.journal.aside.keys()
-        for folder in (self.home.path / "procs").iterdir():
-            if not folder.name.isdigit() or int(folder.name) in known:
-                continue
-            if (folder / "checkpoints").exists():  # somebody may miss it
-                log(f"nobody knows process {folder.name}: what it left goes to {LOST_AND_FOUND}")
-                self._put_aside(folder)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-        for folder in old:
-            if folder.name not in self.core.m.workers:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _restore_attached(self) -> None:
-        """Attached guests that were in an engine which is gone, as the earlier kernel is."""
-        found = []
-        for pid, row in self._left_attached.items():
-            try:
-                guest, _ = unpack_row(row)
-            except (DamagedRow, HomeUnusable) as exc:
-                log(f"attached process {pid} cannot be read: {exc}")
-                continue
-            if guest.pid in self.core.m.procs or guest.pid >= self.first_pid:
-                continue
-            self.core.restore(guest)
-            self.await_owner(pid)
-            found.append(pid)
-        self._left_attached.clear()
-        for pid in self.attached.pids() - self.core.m.procs.keys():
-            self.attached.drop(pid)
-        if found:
-            self._revive_engines()
-            self.carry_out(self.core.resume_all(self.now()))
-
-    def _put_aside(self, folder: Path) -> None:
-        aside = self.home.path / LOST_AND_FOUND
-        with contextlib.suppress(OSError):
-            aside.mkdir(mode=0o700, exist_ok=True)
-            folder.rename(unused(aside / f"process-{folder.name}"))
-
-    def adopting(self) -> int:
-        """How many workers of an earlier kernel have not spoken yet."""
-        return sum(not w.up for w in self.core.m.workers.values() if w.worker_id in self._older)
-
-    def _adopt(self) -> None:
-        """Dial the workers that may have outlived an earlier kernel. One whose user is known no
-        more ends, with a reason, when all others are in the books."""
-        given_up: list[ev.GivenUp] = []
-        for pid, row in list(self.worker_rows.items()):
-            proc = self.core.m.procs[pid]
-            devices = tuple(row.get("devices") or [row["device"]])
-            # After a reboot the numbers of OS processes are others', and so may be the times.
-            same_boot = row.get("boot") in (None, boot_id())
-            started = row["started"] if same_boot else NEVER
-            end = functools.partial(self._end_older, row["os_pid"], started)
-            if not all(d in self.devices for d in devices):
-                end()
-                continue
-            try:
-                spec = self.spec_of(proc, row["worker_id"], devices)
-            except LlmosError as exc:
-                end()
-                given_up.append(ev.GivenUp(pid, f"it could not be adopted: {exc.message}"))
-                continue
-            guests = {g.pid for g in self.core.m.guests_of(pid)}
-            self._older.add(row["worker_id"])
-            self.core.adopt(pid, row["worker_id"], devices, guests)
-            self.devices[devices[0]][1].adopt(spec, row["os_pid"], started)
-        for event in given_up:
-            self.post(event)
-
-    def _end_older(self, os_pid: int, started: float) -> None:
-        """It would go on beside the one that takes its place, in the same folder."""
-        if self.host.started(os_pid) == started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(os_pid, signal.SIGKILL)
-
-    def _revive_engines(self) -> None:
-        """Guests that were promised an answer need an engine again, one for all of its key."""
-        for guest in list(self.core.m.procs.values()):
-            if guest.role is not Role.GUEST or not guest.live:
-                continue
-            if guest.engine_key in self.core.m.engines:
-                self.core.m.enter(guest)
-                continue
-            schema = self.manifest.get("programs", {}).get(guest.program)
-            if schema is not None:
-                engine = self.make_engine(schema, guest, guest.uid)
-                self.core.m.enter(engine)
-                self.core.m.enter(guest)
-                engine.move(State.PLANNING, f"made for process {guest.pid}", self.now())
-                self.planning[engine.pid] = self.spawn(self._revive_engine(engine))
-
-    async def _revive_engine(self, engine: Process) -> None:
-        try:
-            segments = await self.planner.plan(self.schema_of(engine.program), engine)
-            if engine.live:
-                self.post(ev.Planned(engine.pid, segments))
-        except LlmosError as exc:
-            # Its guests were acknowledged: they end with a reason, and are not forgotten.
-            if engine.live:
-                log(f"no engine for {engine.name}: {exc.message}")
-                self.post(ev.KillAsked(engine.pid, 15))
-        finally:
-            self.planning.pop(engine.pid, None)
 
     async def drain(self) -> dict[str, int]:
         """Stop all workers at a safepoint; those that do not end in time are killed."""
@@ -309,9 +168,9 @@ class Kernel:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for timer in (self._timer, *self.ownerless.values()):
-            if timer is not None:
-                timer.cancel()
+        self.owners.close()
+        if self._timer is not None:
+            self._timer.cancel()
         for driver in self.drivers.values():
             await driver.close()
         self.planner.save()
@@ -371,6 +230,10 @@ class Kernel:
         except TimeoutError:
             raise TimedOut(f"process {pid} is still {proc.state} after {limit_s:g} s") from None
         return proc
+
+    def waited_for(self) -> set[int]:
+        """Of which processes somebody waits for a change."""
+        return set(self._changed)
 
     def wake(self, pid: int) -> None:
         for future in self._changed.pop(pid, ()):
@@ -490,84 +353,6 @@ class Kernel:
             return worker is None or not worker.up
         return proc.role is not Role.SERVICE
 
-    def forget_old(self) -> None:
-        """Ended processes go after a while; but nobody whom somebody waits for or reads."""
-        held = self._changed.keys() | self.growth.waited_for()
-        pids = retention.choose(self.core.m, self.now(), held)
-        if pids:
-            log(f"{len(pids)} processes that ended long ago are forgotten")
-            self.post(ev.Expired(tuple(pids)))
-
-    def _write_journal_anew(self) -> None:
-        """The file is damaged or gone: everything that belongs into it is in the table."""
-        log(f"{self.journal.failed}; it is written anew, the old one goes to lost+found")
-        table = [
-            (proc, self.worker_rows.get(proc.pid, {}))
-            for proc in self.core.m.procs.values() if self.journaled(proc)
-        ]  # fmt: skip
-        self.journal.write_anew(table)
-
-    def _row_refused(self, pid: int, why: str) -> None:
-        """It cannot be kept as it is: the process ends, and what is left of it is small."""
-        proc = self.core.m.procs.get(pid)
-        if proc is None:
-            return
-        log(f"the row of process {pid} cannot be written ({why}): it is left out")
-        proc.inputs.clear()
-        if proc.live:
-            self.post(ev.GivenUp(pid, f"its row in the journal cannot be written: {why}"))
-        elif proc.args or proc.env or proc.result:
-            proc.args, proc.env, proc.result = {}, {}, {}
-            self.carry_out([ev.Save(pid)])
-
-    async def _keep_house(self) -> None:
-        """Look at the disk, and now and then at who may be forgotten."""
-        forgot_at = -math.inf
-        while True:
-            self.health.look()
-            if self.now() - forgot_at >= retention.EVERY_S:
-                forgot_at = self.now()
-                self.forget_old()
-            await asyncio.sleep(LOOK_S)
-
-    async def _measure_for_ever(self) -> None:
-        for passes in itertools.count(1):
-            await self.measure()
-            if passes % SAVE_EVERY == 0:
-                self.planner.save()
-            # Reading the pages of a large process takes milliseconds: less often when idle.
-            for queue in self.core.m.devices.values():
-                queue.load(self.now())  # keeps its marks, so that the first who asks is told
-            working = any(q.leases for q in self.core.m.devices.values())
-            await asyncio.sleep(self.config.measure_s * (1 if working else IDLE_MEASURE))
-
-    async def _trim_for_ever(self) -> None:
-        """Logs are kept to their size. A worker writes its own file, so it is looked at."""
-        while True:
-            await asyncio.sleep(LOOK_AT_LOGS_S)
-            most = self.config.log_size
-            for worker in list(self.core.m.workers.values()):
-                log_path = self.home.work(worker.pid) / "log"
-                if trim(log_path, most) and worker.pid not in self._trimmed:
-                    self._trimmed.add(worker.pid)
-                    self.dmesg.write("log-trimmed", worker.pid, f"kept to {most:,} bytes")
-            for path in self.home.path.glob("*.log"):  # the kernel's and its zygotes'
-                trim(path, most)
-
-    async def measure(self) -> None:
-        """One pass over the memory of every device."""
-        system = [os.getpid(), *self.host.os_pids()]
-        services = await self.host.measure("", [])
-        for name, (_, driver) in self.devices.items():
-            sample = await driver.measure(name, system)
-            pid_of = {w.worker_id: w.pid for w in self.core.m.workers.values()}
-            found = {**sample.workers, **services.workers}
-            by_pid = {pid_of[w]: n for w, n in found.items() if w in pid_of}
-            if name == next(iter(self.devices)):
-                by_pid[SYSTEM_PID] = sample.system_bytes
-            with self.dmesg.because(self.dmesg.cause("measured", name)):
-                self.post(ev.Measured(name, by_pid, sample.available_bytes, sample.foreign_bytes))
-
     def shown(self, proc: Process, client: Connection) -> dict[str, Any]:
         """A process as `ps` shows it: a guest has the worker of its engine."""
         row = proc.to_wire()
@@ -578,29 +363,6 @@ class Kernel:
         row["os_pid"] = worker.os_pid or None if worker is not None else None
         row["log"] = str(self.home.work(proc.pid) / "log")
         return access.masked(client, proc, row)
-
-    def hang_up(self, pid: int) -> None:
-        """The client that an attached process belonged to is gone."""
-        proc = self.core.m.procs.get(pid)
-        if proc is not None and proc.live and not self.core.m.shutting_down:
-            with self.dmesg.because(self.dmesg.cause("hang-up", "its client has gone", pid)):
-                self.post(ev.KillAsked(pid, 1))
-
-    def await_owner(self, pid: int, at_most_s: float = OWNER_S) -> None:
-        """An attached process without a connection ends, unless its client comes back for it."""
-        self.has_owner(pid)
-        self.ownerless[pid] = self._loop.call_later(at_most_s, self._give_up, pid)
-
-    def has_owner(self, pid: int) -> None:
-        """Its client has come back for it."""
-        timer = self.ownerless.pop(pid, None)
-        if timer is not None:
-            timer.cancel()
-
-    def _give_up(self, pid: int) -> None:
-        del self.ownerless[pid]
-        if not self._closing:
-            self.hang_up(pid)
 
     def report(self, exc: BaseException | None) -> None:
         """A bug of ours: into the log, with everything."""

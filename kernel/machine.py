@@ -1,6 +1,7 @@
 """The state of the core: the tables of processes, workers and devices, and the orders so far.
 
-The parts of the core (`lifecycle`, `admission`, `turns`, `guests`) are functions over this.
+The parts of the core (`lifecycle`, `endings`, `admission`, `turns` and others) are functions over
+this.
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ from llmos.drivers.base import (
 from llmos.kernel import access
 from llmos.kernel import events as ev
 from llmos.kernel.dmesg import Cause
+from llmos.kernel.endings import describe_status
 from llmos.kernel.errors import HomeUnusable, LlmosError
 from llmos.kernel.home import boot_id
-from llmos.kernel.lifecycle import describe_status
 from llmos.kernel.log import log
 from llmos.kernel.machine import Worker
 from llmos.kernel.process import Process, Role
@@ -186,7 +186,7 @@ class Inbox:
                 continue
             if guest.pid == pid and self._may_be_in(guest, k.core.m.procs[worker.pid]):
                 k.core.adopt_guest(guest, worker.worker_id)
-                k.await_owner(guest.pid)
+                k.owners.wait_for(guest.pid)
 
     def _may_be_in(self, guest: Process, engine: Process) -> bool:
         """A worker runs as its user, who may have it say anything: nothing that it could not

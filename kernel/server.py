@@ -132,7 +132,7 @@ class Client(asyncio.Protocol):
         # Whoever came back for one over another line, before this one was seen to end, has it.
         elsewhere = set().union(*(client.attached for client in self.kernel.clients))
         for pid in self.attached - elsewhere:
-            (self.kernel.dropped if lives else self.kernel.hang_up)(pid)
+            (self.kernel.owners.dropped if lives else self.kernel.owners.hang_up)(pid)
 
     def pause_writing(self) -> None:
         self._drained.clear()

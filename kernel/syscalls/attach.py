@@ -19,11 +19,11 @@ async def handle(
     if request.offset < 0:
         raise BadArgument(f"offset is 0 or more, not {request.offset}")
     if request.pid not in kernel.core.m.procs:
-        await kernel.adopted.wait()  # an engine may know it
+        await kernel.adoption.over.wait()  # an engine may know it
         access.check(kernel, request, client)
     proc = kernel.core.m.find(request.pid)
     if request.own and proc.attached and access.is_own(client, proc):
-        kernel.has_owner(proc.pid)
+        kernel.owners.back(proc.pid)
         client.attached.add(proc.pid)
     path, offset = kernel.home.work(proc.pid) / "stream", request.offset
     while True:

@@ -10,5 +10,5 @@ from llmos.kernel.kernel import Kernel
 
 
 async def handle(kernel: Kernel, request: protocol.Mem, client: Connection) -> list[dict[str, Any]]:
-    await kernel.measure()  # what is shown is what is now, not what was a second ago
+    await kernel.upkeep.measure()  # what is shown is what is now, not what was a second ago
     return [kernel.core.m.ledger.books(name) for name in kernel.devices]

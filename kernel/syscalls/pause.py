@@ -37,7 +37,7 @@ async def handle(kernel: Kernel, request: protocol.Pause, client: Connection) ->
                 f"the memory of process {proc.pid} stays where it is: {proc.move_error}",
                 "it is paused; make room on the host, then ask again",
             )
-        await kernel.measure()  # free in the books is what the device reports free
+        await kernel.upkeep.measure()  # free in the books is what the device reports free
         left = proc.memory.measured_bytes if proc.worker_id else 0
     else:
         proc = await kernel.changed(request.pid, off_the_device, LIMIT_S)

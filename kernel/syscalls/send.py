@@ -16,7 +16,7 @@ MOST_KEY = 64
 
 async def handle(kernel: Kernel, request: protocol.Send, client: Connection) -> dict[str, Any]:
     if request.pid not in kernel.core.m.procs:
-        await kernel.adopted.wait()  # an engine may know it
+        await kernel.adoption.over.wait()  # an engine may know it
         access.check(kernel, request, client)
     if len(request.key) > MOST_KEY:
         raise BadArgument(f"key has {len(request.key)} characters, at most {MOST_KEY}")

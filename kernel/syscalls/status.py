@@ -28,7 +28,7 @@ def handle(kernel: Kernel, request: protocol.Status, client: Connection) -> dict
             (d.statistics() for k, d in kernel.drivers.items() if k != "host"), {"state": "none"}
         ),
         "processes": dict(states),
-        "adopting": kernel.adopting(),
+        "adopting": kernel.adoption.pending(),
         "clients": len(kernel.clients),
         "journal": {
             "commits": kernel.journal.commits,

@@ -13,7 +13,8 @@ import pytest
 from llmos.drivers.base import WorkerSpec
 from llmos.drivers.cpu.driver import CpuDriver
 from llmos.drivers.forked import ForkedWorker
-from llmos.drivers.worker.main import CALL_PIECE_S, CALL_S, Worker
+from llmos.drivers.worker.calling import CALL_PIECE_S, CALL_S
+from llmos.drivers.worker.main import Worker
 from llmos.kernel.errors import TimedOut
 
 

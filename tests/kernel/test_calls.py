@@ -168,7 +168,7 @@ async def test_a_deadline_that_cannot_wait_goes_first(live: Live) -> None:
 async def test_release_gives_memory_back_and_says_how_much(live: Live) -> None:
     pid = await live.spin(steps=100_000, busy_ms=1, memory_bytes=300 * MIB)
     await live.until(pid, lambda proc: proc.progress.get("step", 0) >= 2)
-    await live.kernel.measure()
+    await live.kernel.upkeep.measure()
     free = live.kernel.core.m.ledger.free("sim0")
     answer = await live.ask(p.Pause(pid, release=True))
     assert answer["state"] == "paused"

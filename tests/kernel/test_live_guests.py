@@ -253,7 +253,7 @@ async def test_an_attached_process_ends_with_the_last_line_of_its_owner(live: Li
     await first.close()
     await live.ask(p.Ping())
     assert live.proc(pid).live
-    assert pid not in live.kernel.ownerless
+    assert pid not in live.kernel.owners.missing
     second.send({"id": 0, "bye": True})
     await second.close()
     assert (await live.wait(pid))["exit_status"] == 129
@@ -264,12 +264,12 @@ async def test_a_line_that_breaks_twice_has_its_whole_grace_each_time(live: Live
     first = await live.other()
     pid = (await first.ask(submission("spin", steps=100_000, attached=True)))["pid"]
     await first.close()
-    await wait_until(lambda: pid in live.kernel.ownerless)
-    before = live.kernel.ownerless[pid].when()
+    await wait_until(lambda: pid in live.kernel.owners.missing)
+    before = live.kernel.owners.missing[pid].when()
     second = await live.other()
     await second.next_message(second.begin(p.Attach(pid, own=True)))
-    assert pid not in live.kernel.ownerless
+    assert pid not in live.kernel.owners.missing
     await second.close()
-    await wait_until(lambda: pid in live.kernel.ownerless)
-    assert live.kernel.ownerless[pid].when() > before
+    await wait_until(lambda: pid in live.kernel.owners.missing)
+    assert live.kernel.owners.missing[pid].when() > before
     await live.ask(p.Kill(pid, 9))

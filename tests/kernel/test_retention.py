@@ -73,15 +73,15 @@ def test_a_kernel_that_runs_on_forgets_row_table_and_folder(fresh: Live) -> None
         kernel._changed[read] = []
         folder = kernel.home.work(old)
         assert folder.is_dir()
-        kernel.forget_old()
+        kernel.upkeep.forget_old()
         await wait_until(lambda: not folder.exists())
         assert kernel.core.m.procs.keys() & {old, kept, read} == {kept, read}
         del kernel._changed[read]
-        kernel.forget_old()
+        kernel.upkeep.forget_old()
         last = await fresh.spin(steps=1)
         await fresh.wait(last)
         fresh.proc(last).ended_at = 1.0
-        kernel.forget_old()
+        kernel.upkeep.forget_old()
         await kernel.journal.flushed()
         await fresh.down()
         await fresh.boot()

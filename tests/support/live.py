@@ -85,7 +85,7 @@ class Live:
 
     async def crash(self) -> None:
         """As a kill -9 would leave it, as far as one process can: nobody is told anything."""
-        self.kernel.hang_up = lambda pid: None  # type: ignore[method-assign]
+        self.kernel.owners.hang_up = lambda pid: None  # type: ignore[method-assign]
         await self._close()
 
     async def _close(self) -> None:
