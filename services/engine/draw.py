@@ -11,14 +11,15 @@ is drawn in three steps:
    points at one of them. In the order of the scores, which is more usual, two tokens that swap
    their places because the last bits of their scores changed would be swapped in the text too.
 
-Two ways lead to the same token. The *narrow* one looks at few tokens: the vocabulary is folded
-into columns of FOLD scores, whose highest are found in one vectorized pass, and of the columns
-with the highest heads all scores are taken. All others are at most as high as the lowest of these
-heads (`bound`), so a cut above it is the cut of the whole row. Where it is not above it the answer
-is UNDECIDED, and the *wide* way looks at the whole row.
+Two ways lead to the same token. The *wide* one looks at the whole row. Where there is a top_k, the
+*narrow* one looks at few tokens: the vocabulary is folded into columns of FOLD scores, whose
+highest are found in one vectorized pass, and of the columns with the highest heads all scores are
+taken. All others are at most as high as the lowest of these heads (`bound`), so when the k-th is
+above it, it is the k-th of the whole row. When it is not (many have the same score) the answer is
+UNDECIDED.
 
-On a CPU numpy finds highest scores and sorts 10 to 70 times as fast as torch does (argmax
-of 128 x 152,000 in bfloat16: 1 ms, torch 69).
+On a CPU numpy finds the highest of a row 10 to 70 times as fast as torch does (128 x 152,000 in
+bfloat16: 1 ms for 69), and no row is ever sorted: see `cuts`.
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
@@ -27,9 +28,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from llmos.services.engine import cuts
 
 FOLD = 16
 SPARE = 16  # columns beyond those needed, for tokens with the same score
@@ -82,30 +84,31 @@ def greedy(scores: Tensor) -> Tensor:
     return tokens.where(found.isfinite(), NOTHING)
 
 
-def draw_narrow(scores: Tensor, columns: Columns, count: int, *, weigh_all: bool) -> Tensor:
+def draw_narrow(scores: Tensor, columns: Columns, count: int) -> Tensor:
     """Draw among the highest `count` columns -> (rows,) int64, some of them UNDECIDED.
 
-    `weigh_all`: some row has a top_p without a top_k, so that the weight of all tokens counts.
+    Each row has a top_k, smaller than `count`.
     """
     values, ids, bound = candidates(scores, count)
     peak = values.amax(1, keepdim=True)
     z = (values - peak) * columns.scale
-    rest: Tensor | float = 0.0
-    if weigh_all:
-        everything = _mass(scores, peak, columns.scale)
-        rest = (everything - z.double().exp().sum(1, keepdim=True)).clamp(min=0)
-    kth, lowest = _cut(_sorted(z), columns, rest)
-    tokens = ids.gather(1, _pick(z, lowest, columns.uniform)).where(peak.isfinite(), NOTHING)
-    surely = kth.where(columns.top_k > 0, lowest) > (bound - peak) * columns.scale
+    kth, lowest = cuts.of_few(z, columns.top_k, columns.top_p, columns.log_min_p)
+    weights = z.double().exp_().where(z >= lowest, 0)
+    tokens = ids.gather(1, _point(weights, columns.uniform)).where(peak.isfinite(), NOTHING)
+    surely = kth > (bound - peak) * columns.scale
     return tokens.where(surely | (tokens == NOTHING), UNDECIDED).squeeze(1)
 
 
-def draw_wide(scores: Tensor, columns: Columns, *, cuts: bool) -> Tensor:
-    """Draw among all tokens -> (rows,) int64. `cuts`: there is some cut at all."""
-    drawn = [
-        _draw_wide(scores[piece], columns[piece], cuts)
-        for piece in pieces(scores, 4 if cuts else 1)
-    ]
+def draw_wide(scores: Tensor, columns: Columns, *, cut: bool) -> Tensor:
+    """Draw among all tokens -> (rows,) int64. `cut`: some row has a cut."""
+    size = scores.shape[1]
+    width = -(-size // BLOCK) * BLOCK
+    parts = list(pieces(scores, 2))
+    # Made once for all pieces: the pages of a new one cost as much as what is computed in it.
+    most = len(scores[parts[0]]) if parts else 0
+    weights = torch.zeros((most, width), device=scores.device)
+    z = torch.empty((most, size), device=scores.device)
+    drawn = [_draw_wide(scores[part], columns[part], cut, weights, z) for part in parts]
     return torch.cat(drawn)
 
 
@@ -187,31 +190,6 @@ def _mass(scores: Tensor, peak: Tensor, scale: Tensor) -> Tensor:
     return torch.cat(sums).double()
 
 
-def _cut(z: Tensor, columns: Columns, rest: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The lowest z that stays, by top_k alone and by all cuts; (rows, 1) each, -inf: no cut.
-
-    `z`: scaled scores (rows, C) ascending; `rest`: the weight of tokens that are not in it.
-    """
-    size = z.shape[1]
-    at = (size - columns.top_k).clamp(min=0).long()
-    kth = z.gather(1, at.clamp(max=size - 1)).where(columns.top_k > 0, -torch.inf)
-    weights = z.double().exp_().where(z >= kth, 0).flip(1)
-    up_to = weights.cumsum(1)
-    total = up_to[:, -1:] + rest
-    # A token stays when those before it hold less than top_p; the first always stays.
-    staying = (up_to - weights < columns.top_p * total).sum(1, keepdim=True).clamp(min=1)
-    nucleus = z.gather(1, size - staying).where(columns.top_p < 1, -torch.inf)
-    return kth, torch.maximum(torch.maximum(kth, nucleus), columns.log_min_p.float())
-
-
-def _pick(z: Tensor, lowest: Tensor | None, uniform: Tensor) -> Tensor:
-    """Draw in each row of scaled scores (rows, C) -> the place of what was drawn (rows, 1)."""
-    weights = z.double().exp_()
-    if lowest is not None:
-        weights = weights.where(z >= lowest, 0)
-    return _point(weights, uniform)
-
-
 def _point(weights: Tensor, part: Tensor) -> Tensor:
     """The place at which `part` (rows, 1) of each row's weight lies before; never a weight of 0."""
     up_to = weights.cumsum(1)
@@ -220,20 +198,17 @@ def _point(weights: Tensor, part: Tensor) -> Tensor:
     return torch.searchsorted(up_to, wanted, right=True).clamp_(max=weights.shape[1] - 1)
 
 
-def _draw_wide(scores: Tensor, columns: Columns, cuts: bool) -> Tensor:
+def _draw_wide(scores: Tensor, columns: Columns, cut: bool, weights: Tensor, z: Tensor) -> Tensor:
+    """In `weights` (rows or more, whole blocks) and `z` (rows or more, tokens)."""
+    rows, size = scores.shape
+    weights, z = weights[:rows], z[:rows]
     peak = scores.amax(1, keepdim=True).float()
-    size = scores.shape[1]
-    blocks = -(-size // BLOCK)
-    weights = torch.empty((len(scores), blocks * BLOCK), device=scores.device)
-    weights[:, size:] = 0
-    z = torch.sub(scores, peak, out=weights[:, :size]).mul_(columns.scale)
-    lowest = _cut(_sorted(z), columns, 0.0)[1] if cuts else None
-    gone = None if lowest is None else z < lowest
-    z.exp_()
-    if gone is not None:
-        z.masked_fill_(gone, 0)
+    torch.sub(scores, peak, out=z).mul_(columns.scale)
+    mine = torch.exp(z, out=weights[:, :size])
+    if cut:
+        cuts.drop(z, mine, columns.top_k, columns.top_p, columns.log_min_p)
     # First the block, then the token in it: a sum over all of them one by one takes longer.
-    by_block = weights.view(-1, blocks, BLOCK)
+    by_block = weights.view(rows, -1, BLOCK)
     sums = by_block.sum(2).double()
     block = _point(sums, columns.uniform)
     before = (sums.cumsum(1) - sums).gather(1, block)
@@ -241,13 +216,6 @@ def _draw_wide(scores: Tensor, columns: Columns, cuts: bool) -> Tensor:
     chosen = by_block.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double()
     tokens = block * BLOCK + _point(chosen, inside.clamp(0, 1))
     return tokens.where(peak.isfinite(), NOTHING).squeeze(1)
-
-
-def _sorted(z: Tensor) -> Tensor:
-    """Each row in ascending order."""
-    if z.device.type == "cpu":
-        return torch.from_numpy(np.sort(z.numpy(), axis=1))
-    return z.sort(1).values
 
 
 def _argmax_of_halves(scores: Tensor) -> Tensor:

@@ -29,10 +29,6 @@ from llmos.services.engine.constrain import Constraint, forbid
 from llmos.services.engine.draw import Columns
 from llmos.services.engine.penalties import Penalties, is_penalized, penalize, read_bias
 
-# Columns that the narrow way (see `draw`) looks at where only top_p or min_p cuts. On text of real
-# models they hold 0.95 of the probability nearly always.
-_NUCLEUS = 128
-
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -119,8 +115,7 @@ class _Way(Enum):
     """How a token is found; rows of one way are drawn together."""
 
     GREEDY = auto()
-    TOP_K = auto()
-    NUCLEUS = auto()  # top_p or min_p without top_k
+    NARROW = auto()  # a top_k that is small beside the vocabulary
     WIDE = auto()
     UNCUT = auto()
 
@@ -130,7 +125,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     """The next token of each row of `logits` (rows, vocabulary), one sampler for each row.
 
     Results leave the device once; a second time where log-probabilities are asked for, or where
-    many tokens are needed to fill a top_p.
+    very many tokens have the score of the last in a top_k.
     """
     logits = logits.detach()
     ways: dict[tuple[bool, _Way], list[int]] = defaultdict(list)
@@ -173,9 +168,9 @@ def _way(settings: tuple[float, int, float, float], vocabulary: int) -> _Way:
         return _Way.GREEDY
     if not top_k and top_p == 1 and log_min_p == -math.inf:
         return _Way.UNCUT
-    if not draw.is_narrow(top_k + draw.SPARE if top_k else _NUCLEUS, vocabulary):
-        return _Way.WIDE
-    return _Way.TOP_K if top_k else _Way.NUCLEUS
+    if top_k and draw.is_narrow(top_k + draw.SPARE, vocabulary):
+        return _Way.NARROW
+    return _Way.WIDE
 
 
 def _draw_all(
@@ -216,13 +211,10 @@ def _draw(scores: Tensor, samplers: Sequence[Sampler], way: _Way) -> Tensor:
         return draw.greedy(scores)
     settings = [sampler.columns() for sampler in samplers]
     columns = Columns.of(settings, scores.device)
-    if way is _Way.TOP_K:
+    if way is _Way.NARROW:
         most = max(int(top_k) for _, top_k, *_ in settings) + draw.SPARE
-        return draw.draw_narrow(scores, columns, most, weigh_all=False)
-    if way is _Way.NUCLEUS:
-        weigh_all = any(top_p < 1 for _, _, top_p, *_ in settings)
-        return draw.draw_narrow(scores, columns, _NUCLEUS, weigh_all=weigh_all)
-    return draw.draw_wide(scores, columns, cuts=way is _Way.WIDE)
+        return draw.draw_narrow(scores, columns, most)
+    return draw.draw_wide(scores, columns, cut=way is _Way.WIDE)
 
 
 def _tell_logprobs(logits: Tensor, samplers: Sequence[Sampler], choices: list[Choice]) -> None:
