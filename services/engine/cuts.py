@@ -14,6 +14,7 @@ buckets tell in which one the cut is, and only that is sorted (at most 0.2 and 0
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 # Bits of a float32 that do not count for its bucket: 6 bits of the fraction are left, so that
 # scores of one bucket differ by less than a sixtieth.
@@ -32,35 +34,60 @@ _BUCKETS = (0x7F800000 >> _BUCKET_SHIFT) + 1  # the last is that of -inf
 _PIECE = 2**15
 
 
-def drop(z: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor) -> None:
-    """Set the weights of what is cut off to 0, in place.
+@dataclass(frozen=True)
+class Cuts:
+    """What is asked for, of each row: (rows, 1)."""
 
-    `z` and `weights` = exp(z): (rows, vocabulary) float32; the others (rows, 1) float64, where 0, 1
-    and -inf are no cut.
-    """
-    if z.device.type != "cpu":
-        weights.mul_(z >= of_few(z, top_k, top_p, log_min_p)[1])
-        return
-    asked = torch.cat((top_k, top_p, log_min_p), 1).tolist()
-    for row, weight, wanted in zip(z.numpy(), weights.numpy(), asked, strict=True):
-        np.multiply(weight, row >= np.float32(_of_row(row, weight, *wanted)), out=weight)
+    top_k: Doubles  # 0: off
+    top_p: Doubles  # 1: off
+    log_min_p: Doubles  # -inf: off
+
+    def __getitem__(self, rows: slice) -> Cuts:
+        return Cuts(self.top_k[rows], self.top_p[rows], self.log_min_p[rows])
 
 
-def of_few(z: Tensor, top_k: Tensor, top_p: Tensor, log_min_p: Tensor) -> tuple[Tensor, Tensor]:
+def of_few(z: Floats, cuts: Cuts) -> tuple[Floats, Floats]:
     """The lowest z that stays, by top_k alone and by all; (rows, 1) each, -inf: no cut.
 
     `z` (rows, tokens) in any order.
     """
-    size = z.shape[1]
-    ordered = _sorted(z)
-    at = (size - top_k).clamp(min=0).long()
-    kth = ordered.gather(1, at.clamp(max=size - 1)).where(top_k > 0, -torch.inf)
-    weights = ordered.double().exp_().where(ordered >= kth, 0).flip(1)
+    rows, size = z.shape
+    row, ordered = np.arange(rows)[:, None], np.sort(z, axis=1)[:, ::-1]
+    at = cuts.top_k.clip(1, size).astype(np.int64) - 1
+    kth = np.where(cuts.top_k > 0, ordered[row, at], np.float32(-np.inf))
+    weights = np.exp(ordered, dtype=np.float64) * (ordered >= kth)
     up_to = weights.cumsum(1)
     # The first always stays.
+    staying = (up_to - weights < cuts.top_p * up_to[:, -1:]).sum(1, keepdims=True).clip(1)
+    nucleus = np.where(cuts.top_p < 1, ordered[row, staying - 1], np.float32(-np.inf))
+    return kth, np.maximum(np.maximum(kth, nucleus), cuts.log_min_p.astype(np.float32))
+
+
+def drop(z: Tensor, weights: Tensor, cuts: Cuts) -> None:
+    """Set the weights of what is cut off to 0, in place.
+
+    `z` and `weights` = exp(z): (rows, vocabulary) float32.
+    """
+    if z.device.type != "cpu":
+        weights.mul_(z >= on_device(z, cuts))
+        return
+    asked = np.concatenate((cuts.top_k, cuts.top_p, cuts.log_min_p), 1).tolist()
+    for row, weight, wanted in zip(z.numpy(), weights.numpy(), asked, strict=True):
+        np.multiply(weight, row >= np.float32(_of_row(row, weight, *wanted)), out=weight)
+
+
+def on_device(z: Tensor, cuts: Cuts) -> Tensor:
+    """The lowest z that stays (rows, 1), by a sort where `z` is."""
+    size = z.shape[1]
+    asked = np.concatenate((cuts.top_k, cuts.top_p, cuts.log_min_p), 1)
+    top_k, top_p, log_min_p = torch.from_numpy(asked).to(z.device).unsqueeze(2).unbind(1)
+    ordered = z.sort(1, descending=True).values
+    kth = ordered.gather(1, top_k.clamp(1, size).long() - 1).where(top_k > 0, -torch.inf)
+    weights = ordered.double().exp_() * (ordered >= kth)
+    up_to = weights.cumsum(1)
     staying = (up_to - weights < top_p * up_to[:, -1:]).sum(1, keepdim=True).clamp(min=1)
-    nucleus = ordered.gather(1, size - staying).where(top_p < 1, -torch.inf)
-    return kth, torch.maximum(torch.maximum(kth, nucleus), log_min_p.float())
+    nucleus = ordered.gather(1, staying - 1).where(top_p < 1, -torch.inf)
+    return torch.maximum(torch.maximum(kth, nucleus), log_min_p.float())
 
 
 def _of_row(z: Floats, weights: Floats, top_k: float, top_p: float, log_min_p: float) -> float:
@@ -100,10 +127,3 @@ def _nucleus(z: Floats, weights: Floats, top_p: float) -> float:
     inside = np.exp(falling.astype(np.float64))
     staying = int((before + inside.cumsum() - inside < wanted).sum())
     return float(falling[max(staying, 1) - 1])
-
-
-def _sorted(z: Tensor) -> Tensor:
-    """Each row in ascending order. torch takes ten times as long for it on a CPU."""
-    if z.device.type == "cpu":
-        return torch.from_numpy(np.sort(z.numpy(), axis=1))
-    return z.sort(1).values

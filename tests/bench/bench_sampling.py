@@ -1,4 +1,4 @@
-"""What the choice of tokens costs a step: `choose` against transformers' own processors, in one run.
+"""What the choice of tokens costs a step: `choose` against transformers' processors, in one run.
 
     python tests/bench/bench_sampling.py [--rows 1 8 32 128] [--vocabularies 32000 152000]
         [--dtype bfloat16] [--threads 1] [--rounds 7]

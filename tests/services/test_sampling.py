@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from llmos.kernel.errors import BadArgument
-from llmos.services.engine import draw
+from llmos.services.engine import cuts, draw
 from llmos.services.engine.arguments import Generation
 from llmos.services.engine.sampling import Sampler, choose, score
 
@@ -173,8 +173,18 @@ def test_both_ways_draw_the_same_token(asked: dict[str, Any], half: bool) -> Non
     logits = scores(64, LARGE, 1)
     logits = logits.bfloat16() if half else logits
     rows = [sampler(LARGE, seed, **asked) for seed in range(64)]
-    columns = draw.Columns.of([one.columns() for one in rows], logits.device)
-    assert tokens(logits, rows) == draw.draw_wide(logits, columns, cut=True).tolist()
+    settings = draw.Settings.of([one.settings() for one in rows])
+    assert tokens(logits, rows) == draw.draw_wide(logits, settings, cut=True)
+
+
+@pytest.mark.parametrize("asked", [{"top_k": 7}, {"top_p": 0.8}, {"top_k": 50, "top_p": 0.3}, {}])
+def test_a_device_cuts_where_a_cpu_does(asked: dict[str, Any]) -> None:
+    z = scores(5, LARGE, 3)
+    z -= z.amax(1, keepdim=True)
+    rows = [sampler(LARGE, seed, min_p=1e-6, **asked).settings() for seed in range(5)]
+    wanted, weights = draw.Settings.of(rows).cuts, z.exp()
+    cuts.drop(z, weights, wanted)
+    assert torch.equal(weights > 0, z >= cuts.on_device(z, wanted))
 
 
 def test_a_text_is_the_same_whoever_else_is_in_the_batch_and_in_which_row() -> None:
