@@ -11,14 +11,16 @@ is drawn in three steps:
    points at one of them. In the order of the scores, which is more usual, two tokens that swap
    their places because the last bits of their scores changed would be swapped in the text too.
 
-Two ways lead to the same token. The *narrow* one looks at few tokens: the vocabulary is folded
-into columns of FOLD scores, whose highest are found in one vectorized pass, and of the columns
-with the highest heads all scores are taken. All others are at most as high as the lowest of these
-heads (`bound`), so a cut above it is the cut of the whole row. Where it is not above it the answer
-is UNDECIDED, and the *wide* way looks at the whole row.
+Two ways lead to the same token. The *wide* one looks at the whole row. Where there is a top_k, the
+*narrow* one looks at few tokens: the vocabulary is folded into columns of FOLD scores, whose
+highest are found in one vectorized pass, and of the columns with the highest heads all scores are
+taken. All others are at most as high as the lowest of these heads (`bound`), so when the k-th is
+above it, it is the k-th of the whole row. When it is not (many have the same score) the answer is
+UNDECIDED.
 
-On a CPU numpy finds highest scores and sorts 10 to 70 times as fast as torch does (argmax
-of 128 x 152,000 in bfloat16: 1 ms, torch 69).
+What has the size of the vocabulary is computed where the scores are, what is small in numpy: there
+an operation on a few numbers takes a microsecond, in torch several. And on a CPU numpy finds the
+highest of a row 10 to 70 times as fast (128 x 152,000 in bfloat16: 1 ms for 69).
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
@@ -28,8 +30,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from llmos.services.engine import cuts
+from llmos.services.engine.cuts import Cuts, Doubles, Floats
+
+Ids = npt.NDArray[np.int64]
 
 FOLD = 16
 SPARE = 16  # columns beyond those needed, for tokens with the same score
@@ -49,29 +57,49 @@ _JUST_BELOW_1 = 1 - 2**-52
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Settings of rows, each of shape (rows, 1)."""
+class Settings:
+    """How the tokens of rows are drawn."""
 
-    scale: Tensor  # float32: 1 / temperature
-    top_k: Tensor  # the others float64; 0: off
-    top_p: Tensor  # 1: off
-    log_min_p: Tensor  # -inf: off
-    uniform: Tensor  # [0, 1): where each row's token is drawn
+    scale: Floats  # (rows, 1): 1 / temperature
+    cuts: Cuts
+    uniform: Doubles  # (rows, 1), in [0, 1): where each row's token is
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[float]], device: torch.device) -> Columns:
+    def of(cls, rows: Sequence[Sequence[float]]) -> Settings:
         """From (temperature, top_k, top_p, log_min_p, uniform) of each row."""
-        columns = torch.tensor(rows, dtype=torch.float64).to(device, non_blocking=True)
-        warmth, *others = columns.unsqueeze(2).unbind(1)
-        return cls(warmth.clamp(_COLDEST, _HOTTEST).reciprocal().float(), *others)
+        warmth, top_k, top_p, log_min_p, uniform = np.array(rows).T[:, :, None]
+        scale = 1 / warmth.clip(_COLDEST, _HOTTEST)
+        return cls(scale.astype(np.float32), Cuts(top_k, top_p, log_min_p), uniform)
 
-    def __getitem__(self, rows: slice) -> Columns:
-        fields = (self.scale, self.top_k, self.top_p, self.log_min_p, self.uniform)
-        return Columns(*(field[rows] for field in fields))
+    def __getitem__(self, rows: slice) -> Settings:
+        return Settings(self.scale[rows], self.cuts[rows], self.uniform[rows])
 
 
-def greedy(scores: Tensor) -> Tensor:
-    """The highest token of each row, among equals the lowest id; (rows,) int64."""
+@dataclass(frozen=True)
+class Candidates:
+    """The scores of the highest columns of rows.
+
+    `values` (rows, C), in the order of their ids; no other score of a row is above its `bound`
+    (rows, 1).
+    """
+
+    values: Floats
+    bound: Floats
+    _columns: Ids  # (rows, count), ascending
+    _height: int
+
+    def id_of(self, places: Ids) -> Ids:
+        """The ids of places (rows, n) in `values`, which lie there line by line."""
+        count = self._columns.shape[1]
+        line, column = np.divmod(places, count)
+        ids = np.take_along_axis(self._columns, column, 1) + line * self._height
+        # After the last whole line come the few tokens that fill none.
+        told: Ids = np.where(line < FOLD, ids, places + FOLD * (self._height - count))
+        return told
+
+
+def greedy(scores: Tensor) -> list[int]:
+    """The highest token of each row, among equals the lowest id."""
     if scores.device.type != "cpu":
         tokens = scores.argmax(1)
     elif scores.dtype in (torch.bfloat16, torch.float16):
@@ -79,84 +107,86 @@ def greedy(scores: Tensor) -> Tensor:
     else:
         tokens = torch.from_numpy(scores.numpy().argmax(1))
     found = scores.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    return tokens.where(found.isfinite(), NOTHING)
+    told: list[int] = tokens.where(found.isfinite(), NOTHING).tolist()
+    return told
 
 
-def draw_narrow(scores: Tensor, columns: Columns, count: int, *, weigh_all: bool) -> Tensor:
-    """Draw among the highest `count` columns -> (rows,) int64, some of them UNDECIDED.
+def draw_narrow(scores: Tensor, settings: Settings, count: int) -> list[int]:
+    """Draw among the highest `count` columns; some rows are UNDECIDED.
 
-    `weigh_all`: some row has a top_p without a top_k, so that the weight of all tokens counts.
+    Each row has a top_k, smaller than `count`.
     """
-    values, ids, bound = candidates(scores, count)
-    peak = values.amax(1, keepdim=True)
-    z = (values - peak) * columns.scale
-    rest: Tensor | float = 0.0
-    if weigh_all:
-        everything = _mass(scores, peak, columns.scale)
-        rest = (everything - z.double().exp().sum(1, keepdim=True)).clamp(min=0)
-    kth, lowest = _cut(_sorted(z), columns, rest)
-    tokens = ids.gather(1, _pick(z, lowest, columns.uniform)).where(peak.isfinite(), NOTHING)
-    surely = kth.where(columns.top_k > 0, lowest) > (bound - peak) * columns.scale
-    return tokens.where(surely | (tokens == NOTHING), UNDECIDED).squeeze(1)
+    found = candidates(scores, count)
+    peak = found.values.max(1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # rows without numbers
+        z = (found.values - peak) * settings.scale
+        kth, lowest = cuts.of_few(z, settings.cuts)
+        weights = np.exp(z, dtype=np.float64) * (z >= lowest)
+        up_to = weights.cumsum(1)
+        # Rounded, a number below 1 times the total may be the total.
+        wanted = settings.uniform * _JUST_BELOW_1 * up_to[:, -1:]
+        surely = kth > (found.bound - peak) * settings.scale
+    places = (up_to > wanted).argmax(1, keepdims=True)
+    tokens = np.where(surely, found.id_of(places), UNDECIDED)
+    told: list[int] = np.where(np.isfinite(peak), tokens, NOTHING)[:, 0].tolist()
+    return told
 
 
-def draw_wide(scores: Tensor, columns: Columns, *, cuts: bool) -> Tensor:
-    """Draw among all tokens -> (rows,) int64. `cuts`: there is some cut at all."""
-    drawn = [
-        _draw_wide(scores[piece], columns[piece], cuts)
-        for piece in pieces(scores, 4 if cuts else 1)
-    ]
-    return torch.cat(drawn)
+def draw_wide(scores: Tensor, settings: Settings, *, cut: bool) -> list[int]:
+    """Draw among all tokens. `cut`: some row has a cut."""
+    size = scores.shape[1]
+    width = -(-size // BLOCK) * BLOCK
+    parts = list(pieces(scores, 2))
+    # Made once for all pieces: the pages of a new one cost as much as what is computed in it.
+    most = len(scores[parts[0]]) if parts else 0
+    weights = torch.zeros((most, width), device=scores.device)
+    z = torch.empty((most, size), device=scores.device)
+    drawn = [_draw_wide(scores[part], settings[part], cut, weights, z) for part in parts]
+    told: list[int] = torch.cat(drawn).tolist()
+    return told
 
 
-def candidates(scores: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The scores of the `count` highest columns of each row.
-
-    -> values (rows, C) float32, their ids (rows, C) ascending, and the bound (rows, 1): no other
-    score of the row is above it.
-    """
+def candidates(scores: Tensor, count: int) -> Candidates:
+    """The scores of the `count` highest columns of each row."""
     height = scores.shape[1] // FOLD
     folded = scores[:, : FOLD * height].view(-1, FOLD, height)
     heads = folded.amax(1).topk(count, sorted=False)
     # In ascending columns the scores come out in the order of their ids, line by line.
-    columns = heads.indices.sort(1).values.unsqueeze(1)
-    values = folded.gather(2, columns.expand(-1, FOLD, -1)).flatten(1)
-    lines = torch.arange(0, FOLD * height, height, device=scores.device)
-    ids = (columns + lines[:, None]).flatten(1)
-    if tail := scores.shape[1] - FOLD * height:
-        rest = torch.arange(FOLD * height, FOLD * height + tail, device=scores.device)
-        ids = torch.cat((ids, rest.expand(len(ids), -1)), 1)
-        values = torch.cat((values, scores[:, -tail:]), 1)
-    return values.float(), ids, heads.values.amin(1, keepdim=True).float()
+    columns = heads.indices.sort(1).values
+    values = folded.gather(2, columns.unsqueeze(1).expand(-1, FOLD, -1)).flatten(1)
+    bound = heads.values.amin(1, keepdim=True)
+    told = torch.cat((bound, values, scores[:, FOLD * height :]), 1).float().cpu().numpy()
+    return Candidates(told[:, 1:], told[:, :1], columns.cpu().numpy(), height)
 
 
-def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def highest(scores: Tensor, count: int) -> tuple[Floats, Ids]:
     """The `count` highest tokens of each row, among equals the lowest ids first.
 
-    -> values (rows, count) float32, and ids.
+    -> values (rows, count), and ids.
     """
     if not is_narrow(count + SPARE, scores.shape[1]):
-        return _highest_of_all(scores, count)
-    values, ids, bound = candidates(scores, count + SPARE)
-    values, at = _highest_of_all(values, count)
-    ids = ids.gather(1, at)
+        return _highest_of_all(scores.float().cpu().numpy(), count)
+    found = candidates(scores, count + SPARE)
+    values, places = _highest_of_all(found.values, count)
+    ids = found.id_of(places)
     # Where the last has the score of others outside, one of those may have a lower id.
-    for row in (values[:, -1:] <= bound).squeeze(1).nonzero().flatten().tolist():
-        values[row], ids[row] = (
-            found[0] for found in _highest_of_all(scores[row : row + 1], count)
-        )
+    for row in np.flatnonzero(values[:, -1:] <= found.bound):
+        whole = scores[row : row + 1].float().cpu().numpy()
+        values[row], ids[row] = (one[0] for one in _highest_of_all(whole, count))
     return values, ids
 
 
-def _highest_of_all(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same in one pass over whole rows -> values (rows, count) float32, and ids."""
+def _highest_of_all(scores: Floats, count: int) -> tuple[Floats, Ids]:
+    """The same of whole rows: sorted by one number for score and id."""
     size = scores.shape[1]
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0: one bit pattern for 0 and -0
+    bits = (scores + np.float32(0)).view(np.int32)  # + 0: one bit pattern for 0 and -0
     # Of floats below 0 the order of the bits is the reverse.
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    after = torch.arange(size - 1, -1, -1, device=scores.device)
-    ids = size - 1 - ((ordered << 32) + after).topk(min(count, size)).values.bitwise_and(2**32 - 1)
-    return scores.gather(1, ids).float(), ids
+    ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
+    keys = (ordered << 32) + np.arange(size - 1, -1, -1)
+    first = max(size - count, 0)
+    best = np.sort(np.partition(keys, first, 1)[:, first:], 1)[:, ::-1]
+    ids = size - 1 - (best & 0xFFFFFFFF)
+    return np.take_along_axis(scores, ids, 1), ids
 
 
 def is_narrow(columns: int, vocabulary: int) -> bool:
@@ -175,41 +205,29 @@ def pieces(scores: Tensor, cost: int = 1) -> Iterator[slice]:
 def log_mass(scores: Tensor) -> Tensor:
     """The logarithm of the sum of exp of each row; (rows, 1) float64."""
     peak = scores.amax(1, keepdim=True).float()
-    return peak.double() + _mass(scores, peak, torch.ones_like(peak)).log()
+    return peak.double() + scores.sub(peak).exp_().sum(1, keepdim=True).double().log()
 
 
-def _mass(scores: Tensor, peak: Tensor, scale: Tensor) -> Tensor:
-    """The weight of all tokens of each row; (rows, 1) float64."""
-    sums = [
-        scores[piece].sub(peak[piece]).mul_(scale[piece]).exp_().sum(1, keepdim=True)
-        for piece in pieces(scores)
-    ]
-    return torch.cat(sums).double()
-
-
-def _cut(z: Tensor, columns: Columns, rest: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The lowest z that stays, by top_k alone and by all cuts; (rows, 1) each, -inf: no cut.
-
-    `z`: scaled scores (rows, C) ascending; `rest`: the weight of tokens that are not in it.
-    """
-    size = z.shape[1]
-    at = (size - columns.top_k).clamp(min=0).long()
-    kth = z.gather(1, at.clamp(max=size - 1)).where(columns.top_k > 0, -torch.inf)
-    weights = z.double().exp_().where(z >= kth, 0).flip(1)
-    up_to = weights.cumsum(1)
-    total = up_to[:, -1:] + rest
-    # A token stays when those before it hold less than top_p; the first always stays.
-    staying = (up_to - weights < columns.top_p * total).sum(1, keepdim=True).clamp(min=1)
-    nucleus = z.gather(1, size - staying).where(columns.top_p < 1, -torch.inf)
-    return kth, torch.maximum(torch.maximum(kth, nucleus), columns.log_min_p.float())
-
-
-def _pick(z: Tensor, lowest: Tensor | None, uniform: Tensor) -> Tensor:
-    """Draw in each row of scaled scores (rows, C) -> the place of what was drawn (rows, 1)."""
-    weights = z.double().exp_()
-    if lowest is not None:
-        weights = weights.where(z >= lowest, 0)
-    return _point(weights, uniform)
+def _draw_wide(scores: Tensor, settings: Settings, cut: bool, weights: Tensor, z: Tensor) -> Tensor:
+    """In `weights` (rows or more, whole blocks) and `z` (rows or more, tokens); -> (rows,)."""
+    rows, size = scores.shape
+    weights, z = weights[:rows], z[:rows]
+    scale = torch.from_numpy(settings.scale).to(scores.device)
+    uniform = torch.from_numpy(settings.uniform).to(scores.device)
+    peak = scores.amax(1, keepdim=True).float()
+    torch.sub(scores, peak, out=z).mul_(scale)
+    mine = torch.exp(z, out=weights[:, :size])
+    if cut:
+        cuts.drop(z, mine, settings.cuts)
+    # First the block, then the token in it: a sum over all of them one by one takes longer.
+    by_block = weights.view(rows, -1, BLOCK)
+    sums = by_block.sum(2).double()
+    block = _point(sums, uniform)
+    before = (sums.cumsum(1) - sums).gather(1, block)
+    inside = (uniform * sums.sum(1, keepdim=True) - before) / sums.gather(1, block)
+    chosen = by_block.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double()
+    tokens = block * BLOCK + _point(chosen, inside.clamp(0, 1))
+    return tokens.where(peak.isfinite(), NOTHING).squeeze(1)
 
 
 def _point(weights: Tensor, part: Tensor) -> Tensor:
@@ -218,36 +236,6 @@ def _point(weights: Tensor, part: Tensor) -> Tensor:
     # Rounded, a number below 1 times the total may be the total.
     wanted = part * _JUST_BELOW_1 * up_to[:, -1:]
     return torch.searchsorted(up_to, wanted, right=True).clamp_(max=weights.shape[1] - 1)
-
-
-def _draw_wide(scores: Tensor, columns: Columns, cuts: bool) -> Tensor:
-    peak = scores.amax(1, keepdim=True).float()
-    size = scores.shape[1]
-    blocks = -(-size // BLOCK)
-    weights = torch.empty((len(scores), blocks * BLOCK), device=scores.device)
-    weights[:, size:] = 0
-    z = torch.sub(scores, peak, out=weights[:, :size]).mul_(columns.scale)
-    lowest = _cut(_sorted(z), columns, 0.0)[1] if cuts else None
-    gone = None if lowest is None else z < lowest
-    z.exp_()
-    if gone is not None:
-        z.masked_fill_(gone, 0)
-    # First the block, then the token in it: a sum over all of them one by one takes longer.
-    by_block = weights.view(-1, blocks, BLOCK)
-    sums = by_block.sum(2).double()
-    block = _point(sums, columns.uniform)
-    before = (sums.cumsum(1) - sums).gather(1, block)
-    inside = (columns.uniform * sums.sum(1, keepdim=True) - before) / sums.gather(1, block)
-    chosen = by_block.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK)).squeeze(1).double()
-    tokens = block * BLOCK + _point(chosen, inside.clamp(0, 1))
-    return tokens.where(peak.isfinite(), NOTHING).squeeze(1)
-
-
-def _sorted(z: Tensor) -> Tensor:
-    """Each row in ascending order."""
-    if z.device.type == "cpu":
-        return torch.from_numpy(np.sort(z.numpy(), axis=1))
-    return z.sort(1).values
 
 
 def _argmax_of_halves(scores: Tensor) -> Tensor:

@@ -26,12 +26,8 @@ from torch import Tensor
 
 from llmos.services.engine import draw
 from llmos.services.engine.constrain import Constraint, forbid
-from llmos.services.engine.draw import Columns
+from llmos.services.engine.draw import Settings
 from llmos.services.engine.penalties import Penalties, is_penalized, penalize, read_bias
-
-# Columns that the narrow way (see `draw`) looks at where only top_p or min_p cuts. On text of real
-# models they hold 0.95 of the probability nearly always.
-_NUCLEUS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +106,8 @@ class Sampler:
         """Are scores changed before a token is chosen?"""
         return self.constraint is not None or self.penalties is not None
 
-    def columns(self) -> tuple[float, ...]:
-        """A row for draw.Columns."""
+    def settings(self) -> tuple[float, ...]:
+        """A row for draw.Settings."""
         return (*self._settings, self._uniform)
 
 
@@ -119,8 +115,7 @@ class _Way(Enum):
     """How a token is found; rows of one way are drawn together."""
 
     GREEDY = auto()
-    TOP_K = auto()
-    NUCLEUS = auto()  # top_p or min_p without top_k
+    NARROW = auto()  # a top_k that is small beside the vocabulary
     WIDE = auto()
     UNCUT = auto()
 
@@ -129,8 +124,7 @@ class _Way(Enum):
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[Choice]:
     """The next token of each row of `logits` (rows, vocabulary), one sampler for each row.
 
-    Results leave the device once; a second time where log-probabilities are asked for, or where
-    many tokens are needed to fill a top_p.
+    Results leave the device once for each way of choosing that there is among the rows.
     """
     logits = logits.detach()
     ways: dict[tuple[bool, _Way], list[int]] = defaultdict(list)
@@ -173,23 +167,20 @@ def _way(settings: tuple[float, int, float, float], vocabulary: int) -> _Way:
         return _Way.GREEDY
     if not top_k and top_p == 1 and log_min_p == -math.inf:
         return _Way.UNCUT
-    if not draw.is_narrow(top_k + draw.SPARE if top_k else _NUCLEUS, vocabulary):
-        return _Way.WIDE
-    return _Way.TOP_K if top_k else _Way.NUCLEUS
+    if top_k and draw.is_narrow(top_k + draw.SPARE, vocabulary):
+        return _Way.NARROW
+    return _Way.WIDE
 
 
 def _draw_all(
     logits: Tensor, samplers: Sequence[Sampler], ways: dict[tuple[bool, _Way], list[int]]
 ) -> Iterator[tuple[int, int]]:
     """-> (row, token) for each row that is in `ways`."""
-    order: list[int] = []
-    drawn: list[Tensor] = []
     for (edits, way), rows in ways.items():
         for part, scores in _parts(logits, rows):
             among = [samplers[row] for row in part]
-            drawn.append(_draw(_edited(scores, among) if edits else scores, among, way))
-            order += part
-    return zip(order, torch.cat(drawn).tolist() if drawn else (), strict=True)
+            drawn = _draw(_edited(scores, among) if edits else scores, among, way)
+            yield from zip(part, drawn, strict=True)
 
 
 def _parts(logits: Tensor, rows: list[int]) -> Iterator[tuple[list[int], Tensor]]:
@@ -210,19 +201,14 @@ def _edited(scores: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     return scores
 
 
-def _draw(scores: Tensor, samplers: Sequence[Sampler], way: _Way) -> Tensor:
-    """-> (rows,) ids."""
+def _draw(scores: Tensor, samplers: Sequence[Sampler], way: _Way) -> list[int]:
     if way is _Way.GREEDY:
         return draw.greedy(scores)
-    settings = [sampler.columns() for sampler in samplers]
-    columns = Columns.of(settings, scores.device)
-    if way is _Way.TOP_K:
-        most = max(int(top_k) for _, top_k, *_ in settings) + draw.SPARE
-        return draw.draw_narrow(scores, columns, most, weigh_all=False)
-    if way is _Way.NUCLEUS:
-        weigh_all = any(top_p < 1 for _, _, top_p, *_ in settings)
-        return draw.draw_narrow(scores, columns, _NUCLEUS, weigh_all=weigh_all)
-    return draw.draw_wide(scores, columns, cuts=way is _Way.WIDE)
+    settings = Settings.of([sampler.settings() for sampler in samplers])
+    if way is _Way.NARROW:
+        most = int(settings.cuts.top_k.max()) + draw.SPARE
+        return draw.draw_narrow(scores, settings, most)
+    return draw.draw_wide(scores, settings, cut=way is _Way.WIDE)
 
 
 def _tell_logprobs(logits: Tensor, samplers: Sequence[Sampler], choices: list[Choice]) -> None:
@@ -240,16 +226,19 @@ def _tell_logprobs(logits: Tensor, samplers: Sequence[Sampler], choices: list[Ch
 
 
 def _score(logits: Tensor, given: Tensor, tokens: Sequence[int], top: int) -> list[Choice]:
-    parts = []
+    choices: list[Choice] = []
     for piece in draw.pieces(logits):
         scores = logits[piece]
+        found = scores.gather(1, given[piece].clamp(min=0).unsqueeze(1)).double()
         mass = draw.log_mass(scores)
-        found = scores.gather(1, given[piece].clamp(min=0).unsqueeze(1))
-        values, ids = draw.highest(scores, top) if top else (found[:, :0], given[:0])
-        parts.append(torch.cat((found - mass, values - mass, ids.view(values.shape)), 1))
-    told = torch.cat(parts).tolist() if parts else []
-    count = (len(told[0]) - 1) // 2 if told else 0
-    return [
-        Choice(token, logprob, list(zip(map(int, rest[count:]), rest[:count], strict=True)))
-        for token, (logprob, *rest) in zip(tokens, told, strict=True)
-    ]
+        told = torch.cat((found - mass, mass), 1).tolist()
+        likeliest = _likeliest(scores, top) if top else [[] for _ in told]
+        for token, (logprob, mass_), pairs in zip(tokens[piece], told, likeliest, strict=True):
+            choices.append(Choice(token, logprob, [(one, value - mass_) for one, value in pairs]))
+    return choices
+
+
+def _likeliest(scores: Tensor, top: int) -> list[list[tuple[int, float]]]:
+    """The `top` highest tokens of each row with their scores."""
+    values, ids = draw.highest(scores, top)
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from llmos.kernel.errors import BadArgument
-from llmos.services.engine import draw
+from llmos.services.engine import cuts, draw
 from llmos.services.engine.arguments import Generation
 from llmos.services.engine.sampling import Sampler, choose, score
 
@@ -165,14 +165,26 @@ def test_what_is_drawn_is_spread_as_the_probabilities_are(
     assert chisquare(got, wanted).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("asked", [{}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.1}])
+@pytest.mark.parametrize(
+    "asked", [{"top_k": 40}, {"top_k": 40, "top_p": 0.9}, {"top_k": 9, "min_p": 0.1}]
+)
 @pytest.mark.parametrize("half", [False, True])
 def test_both_ways_draw_the_same_token(asked: dict[str, Any], half: bool) -> None:
     logits = scores(64, LARGE, 1)
     logits = logits.bfloat16() if half else logits
     rows = [sampler(LARGE, seed, **asked) for seed in range(64)]
-    columns = draw.Columns.of([one.columns() for one in rows], logits.device)
-    assert tokens(logits, rows) == draw.draw_wide(logits, columns, cuts=True).tolist()
+    settings = draw.Settings.of([one.settings() for one in rows])
+    assert tokens(logits, rows) == draw.draw_wide(logits, settings, cut=True)
+
+
+@pytest.mark.parametrize("asked", [{"top_k": 7}, {"top_p": 0.8}, {"top_k": 50, "top_p": 0.3}, {}])
+def test_a_device_cuts_where_a_cpu_does(asked: dict[str, Any]) -> None:
+    z = scores(5, LARGE, 3)
+    z -= z.amax(1, keepdim=True)
+    rows = [sampler(LARGE, seed, min_p=1e-6, **asked).settings() for seed in range(5)]
+    wanted, weights = draw.Settings.of(rows).cuts, z.exp()
+    cuts.drop(z, weights, wanted)
+    assert torch.equal(weights > 0, z >= cuts.on_device(z, wanted))
 
 
 def test_a_text_is_the_same_whoever_else_is_in_the_batch_and_in_which_row() -> None:
@@ -241,15 +253,20 @@ def test_greedy_takes_the_lowest_id_among_equals(dtype: torch.dtype, asked: dict
 
 @pytest.mark.parametrize("vocabulary", [SMALL, LARGE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fill", [math.nan, -math.nan, -math.inf])
-@pytest.mark.parametrize("asked", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.5}])
+@pytest.mark.parametrize("fill", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "asked", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 9_000, "min_p": 0.1}]
+)
+@pytest.mark.parametrize("part", [slice(None), slice(7, 8)])
 def test_scores_that_are_no_numbers_give_no_token_and_harm_nobody_else(
-    vocabulary: int, dtype: torch.dtype, fill: float, asked: dict[str, Any]
+    vocabulary: int, dtype: torch.dtype, fill: float, asked: dict[str, Any], part: slice
 ) -> None:
+    if part.start and fill != math.inf:
+        return  # a single token without a chance is an ordinary thing
     logits = scores(3, vocabulary, 0).to(dtype)
     rows = [sampler(vocabulary, seed, logprobs=2, **asked) for seed in range(3)]
     whole = choose(logits, rows)
-    logits[1] = fill
+    logits[1, part] = fill
     drawn = choose(logits, rows)
     assert drawn[1].token == draw.NOTHING
     assert "no numbers" in drawn[1].error
