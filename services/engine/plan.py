@@ -48,12 +48,16 @@ def plan_engine(model: str, dtype: str, kv_bytes: int = 0) -> Footprint:
     weights = plan_weights(model, whole, dtype)
     context = CONTEXT_BYTES if planned_device() == "cpu" else 0
     tokens = min(_context(config), PLANNED_TOKENS)
+    kv = kv_bytes or kv_budget(config, weights.dtype)
+    activations = _activations(whole, weights.dtype, tokens)
+    # What loading takes is gone before the first token comes.
+    loading = max(0, weights.loading_bytes - kv - activations)
     return Footprint(
         (
             *weights.segments,
-            Segment("kv", kv_bytes or kv_budget(config, weights.dtype)),
-            Segment("activations", _activations(whole, weights.dtype, tokens)),
-            Segment("context", context + weights.loading_bytes),
+            Segment("kv", kv),
+            Segment("activations", activations),
+            Segment("context", context + loading),
         )
     )
 

@@ -21,7 +21,7 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 # While a file of panels is written, parts of a weight are there as float32, and what transformers
 # takes to load the model.
-FILLING_BYTES = 24 << 20
+FILLING_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any
 
 from llmos.kernel.errors import BadArgument, BadInput, Busy, NoSuchThing
 from llmos.services.base import Service, call
+from llmos.services.engine import weight_files
 
 SIDECAR = "llmos.json"
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
@@ -143,6 +144,7 @@ class ModelRegistry(Service):
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         shutil.rmtree(aside)
+        freed_bytes += weight_files.forget(self.home, folder)
         return {"name": name, "freed_bytes": freed_bytes}
 
     def _check_unused(self, name: str, folder: Path) -> None:

@@ -88,7 +88,7 @@ def cases(folder: Path) -> Iterator[Case]:
         yield Case(f"gan w{width} b{batch} {dtype}", "gan", args)
     for model, dtype in (
         ("llama", "float32"), ("llama", "bfloat16"), ("wide", "float32"), ("wide", "bfloat16"),
-        ("gpt2", "float32"), ("lstm", "float32"),
+        ("gpt2", "float32"), ("lstm", "float32"), ("llama", "int8"), ("wide", "int8"),
     ):  # fmt: skip
         for guests, tokens in ((1, 100), (4, 400)):
             args = {"model": str(folder / model), "dtype": dtype}
@@ -203,9 +203,15 @@ def arguments(case: Case, folder: Path) -> dict[str, Any]:
 def predict(case: Case, folder: Path) -> int:
     """Private bytes of the plan."""
     if case.program == "engine":
-        from llmos.services.engine.plan import serving
+        from llmos.services.engine.plan import kv_bytes, plan_engine
+        from llmos.services.engine.weights import kind_and_dtype
+        from llmos.services.model.load import load_config
 
-        footprint = serving(case.args["model"], case.args["dtype"], case.guests, case.tokens)
+        config = load_config(case.args["model"])
+        _, dtype = kind_and_dtype(config, case.args["dtype"], "cpu")
+        # What its guests will have, not what they might have.
+        kv = case.guests * kv_bytes(config.get_text_config(), dtype, case.tokens)
+        footprint = plan_engine(case.args["model"], case.args["dtype"], kv)
     else:
         program = _program(case.program)
         footprint = program.plan(program.Args(**arguments(case, folder)))
@@ -247,7 +253,8 @@ def _serve(case: Case, ctx: FakeContext) -> None:
     tokenizer = run.program._host._loaded.tokenizer  # type: ignore[attr-defined]
     text = tokenizer.decode(ids[: case.tokens - 24])
     for pid in range(1, case.guests + 1):
-        admit(run, pid, "infer", model=case.args["model"], prompt=text, max_tokens=20)
+        prompt = f"{pid} {text}"  # they share nothing
+        admit(run, pid, "infer", model=case.args["model"], prompt=prompt, max_tokens=20)
     run.until_idle()
 
 

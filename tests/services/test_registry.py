@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llmos.kernel.errors import BadArgument, BadInput, Busy, NoSuchThing
+from llmos.services.engine import weight_files
 from llmos.services.model.registry import ModelRegistry
 
 MADE_BY = {"program": "pretrain", "pid": 12, "args": {"steps": 3}}
@@ -146,6 +147,18 @@ def test_a_removed_model_is_gone(registry: ModelRegistry, tmp_path: Path) -> Non
         registry.rm("m")
     with pytest.raises(NoSuchThing):
         registry.show("m")
+
+
+def test_what_engines_made_of_a_removed_model_goes_with_it(
+    registry: ModelRegistry, tmp_path: Path
+) -> None:
+    folders = [write_model(tmp_path / "models" / name) for name in ("gone", "kept")]
+    for folder in folders:
+        path = tmp_path / "weights" / f"{folder.name}-1.weights"
+        weight_files.make(path, {"files": []}, folder, [], 5000, lambda memory: None)
+    before = (tmp_path / "weights" / "gone-1.weights").stat().st_size
+    assert registry.rm("gone")["freed_bytes"] > before
+    assert [p.name for p in (tmp_path / "weights").iterdir()] == ["kept-1.weights"]
 
 
 def test_a_model_in_use_is_not_removed(
