@@ -35,6 +35,8 @@ class AttachedGuests:
         with contextlib.suppress(OSError, ProtocolError, TypeError, ValueError):
             # What was torn by the end of a machine is the last frame; all before it is whole.
             for pid, row in Unpacker().feed(self._path.read_bytes()):
+                if not (isinstance(pid, int) and isinstance(row, bytes)):
+                    continue
                 if row:
                     self._rows[pid] = row
                 else:
