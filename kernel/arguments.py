@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmos.kernel.errors import BadArgument
-from llmos.kernel.units import parse_duration, parse_interval
+from llmos.kernel.units import Interval, parse_duration, parse_interval
 
 _WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false",
           "list": "a list of texts"}  # fmt: skip
@@ -77,9 +77,14 @@ def _interval(f: dict[str, Any], value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadArgument(f"{_called(f)} is an interval, not {value!r}"[:300])
     try:
-        parse_interval(value)
+        every = parse_interval(value)
     except BadArgument as exc:
         raise BadArgument(f"{_called(f)}: {exc.message}", exc.hint) from None
+    if every == Interval():
+        raise BadArgument(
+            f"{_called(f)} {value}: an interval is at least one step",
+            "write it in steps or in time: 500, 90s, 10min; a very long one (365d) is nearly never",
+        )
     return str(value)
 
 

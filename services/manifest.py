@@ -66,15 +66,16 @@ def make(points: list[EntryPoint]) -> dict[str, Any]:
         apart = {p: pool.submit(isolated.describe, p) for p in points if _is_apart(p)}
         here = {p: _describe(p) for p in points if p not in apart}
     for point in points:
-        data, error = apart[point].result() if point in apart else here[point]
+        data, error, printed = apart[point].result() if point in apart else here[point]
         kind = point.group.removeprefix("llmos.")
         where = {"entry": point.value, "distribution": _distribution(point)}
         if point.name in manifest[kind]:
             taken = manifest[kind][point.name]["distribution"]
-            data, error = None, f"{taken} has one of this name already"
+            data, error, printed = None, f"{taken} has one of this name already", ""
         if data is None:
             manifest["errors"].append(f"{point.group} {point.name} ({point.value}): {error}")
-            manifest["broken"].append({"kind": kind, "name": point.name, "error": error, **where})
+            told = {"kind": kind, "name": point.name, "error": error, "printed": printed}
+            manifest["broken"].append({**told, **where})
         else:
             manifest[kind][point.name] = {**data, **where, "code": found.code_of(point)}
     for schema in manifest["programs"].values():
@@ -87,12 +88,12 @@ def _is_apart(point: EntryPoint) -> bool:
     return point.group in IMPORTED and not _is_ours(point)
 
 
-def _describe(point: EntryPoint) -> tuple[dict[str, Any] | None, str]:
-    """-> what it is, or why nobody knows."""
+def _describe(point: EntryPoint) -> isolated.Described:
+    """What it is, or why nobody knows."""
     try:
-        return GROUPS[point.group](point), ""
+        return isolated.Described(GROUPS[point.group](point))
     except Exception as exc:  # noqa: BLE001  one that is broken must not hide the others
-        return None, f"{type(exc).__name__}: {exc}"
+        return isolated.Described(None, f"{type(exc).__name__}: {exc}")
 
 
 def _offer(schema: dict[str, Any], manifest: dict[str, Any]) -> None:

@@ -55,16 +55,23 @@ def find_service(ctx: Context, name: str) -> Record:
     if not manifest:
         with ctx.client():  # raises: no kernel runs here, and none ever did
             pass
-    _check_broken(name, manifest)
+    check_broken(name, manifest)
     raise NoSuchThing(f"there is no service {name!r}",
                       nearest_hint(name, manifest.get("services", {})))  # fmt: skip
 
 
-def _check_broken(name: str, manifest: Record) -> None:
-    for broken in manifest.get("broken", ()):
-        if (broken["kind"], broken["name"]) == ("services", name):
-            raise BadInput(f"service {name} is broken: {broken['error']}",
-                           "mend it, then `llmos service reload`")  # fmt: skip
+def find_broken(name: str, manifest: Record) -> Record | None:
+    """A service that could not be imported."""
+    named = (b for b in manifest.get("broken", ()) if (b["kind"], b["name"]) == ("services", name))
+    return next(named, None)
+
+
+def check_broken(name: str, manifest: Record) -> None:
+    """Raise BadInput for a service that could not be imported."""
+    broken = find_broken(name, manifest)
+    if broken is not None:
+        raise BadInput(f"service {name} is broken: {broken['error']}",
+                       "mend it, then `llmos service reload`")  # fmt: skip
 
 
 def find_call(service: str, described: Record, name: str) -> Record:
@@ -83,7 +90,7 @@ def topic_help(ctx: Context, topic: str) -> str | None:
     manifest = ctx.manifest() or {}
     if service not in manifest.get("services", {}):
         manifest = ctx.manifest(checked=True) or {}
-    _check_broken(service, manifest)
+    check_broken(service, manifest)
     if service not in manifest.get("services", {}):
         return None
     described = manifest["services"][service]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmos.kernel.errors import NoSuchThing
 from llmos.shell.client import Client, Record
+from llmos.shell.commands.call import check_broken, find_broken
 from llmos.shell.commands.logs import show
 from llmos.shell.context import Context
 from llmos.shell.options import JSON, Command, Option, Usage, Values
@@ -42,12 +43,33 @@ def run(ctx: Context, values: Values) -> int:
             case "reload":
                 return _reload(ctx, client.reload_services(), bool(values.get("json")))
             case "logs":
-                lines, follow = values.get("lines", -1), bool(values.get("follow"))
-                show(ctx, client.logs(_pid_of(client, str(name)), tail=lines, follow=follow))
+                _logs(ctx, client, str(name), values)
             case _:
                 done = getattr(client, f"{action}_service")(str(name))
                 ctx.say(_SAID[action].format(**done))
     return 0
+
+
+def _logs(ctx: Context, client: Client, name: str, values: Values) -> None:
+    """Of one that could not be imported: what it printed then, and why."""
+    services = {s["name"]: s for s in client.services()}
+    if name not in services:  # it may have been installed since the last boot
+        client.programs(checked=True)
+        services = {s["name"]: s for s in client.services()}
+    if name not in services:
+        raise NoSuchThing(f"there is no service {name!r}", nearest_hint(name, services))
+    lines = values.get("lines", -1)
+    if services[name]["state"] == "broken":
+        manifest = client.programs(checked=True)
+        broken = find_broken(name, manifest) or {}
+        printed = str(broken.get("printed", "")).splitlines(keepends=True)
+        show(ctx, [line.encode() for line in printed[-lines if lines >= 0 else 0 :]])
+        check_broken(name, manifest)
+    pid = services[name]["pid"]
+    if pid is None:
+        raise NoSuchThing(f"service {name} has not run since the boot, and has printed nothing",
+                          f"`llmos service start {name}`")  # fmt: skip
+    show(ctx, client.logs(int(pid), tail=lines, follow=bool(values.get("follow"))))
 
 
 def _ls(ctx: Context, services: list[Record], as_json: bool) -> int:
@@ -99,17 +121,6 @@ def _new(ctx: Context, name: str, path: str | None) -> int:
     ctx.print(f"  pip install -e {shown}\n  pytest {shown}\n  llmos service reload")
     ctx.print(f"  llmos call {name}.greet --who you")
     return 0
-
-
-def _pid_of(client: Client, name: str) -> int:
-    services = {s["name"]: s for s in client.services()}
-    if name not in services:
-        raise NoSuchThing(f"there is no service {name!r}", nearest_hint(name, services))
-    pid, why = services[name]["pid"], services[name]["why"]
-    if pid is None:
-        raise NoSuchThing(f"service {name} has not run since the boot, and has printed nothing",
-                          why or f"`llmos service start {name}`")  # fmt: skip
-    return int(pid)
 
 
 COMMAND = Command(

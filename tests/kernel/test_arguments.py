@@ -9,7 +9,7 @@ import pytest
 
 from llmos.kernel.arguments import check
 from llmos.kernel.errors import BadArgument, NoSuchThing
-from llmos.services.programs.base import Program, arg, describe
+from llmos.services.programs.base import Program, arg, describe, save_every
 
 
 class Sample(Program):
@@ -26,6 +26,7 @@ class Sample(Program):
         seed: int | None = arg(None, help="of what")
         stop: list[str] = arg([], help="where")
         model: str = arg("", help="to begin with", model=True)
+        save_every: str = save_every()
 
 
 SCHEMA = describe(Sample)
@@ -44,9 +45,16 @@ def checked(**given: Any) -> dict[str, Any]:
 def test_defaults_are_filled_in_and_paths_made_whole() -> None:
     assert checked(data="a/../b.txt") == {
         "data": "/cwd/b.txt", "steps": 10, "rate": 0.5, "loud": False, "kind": "rnn",
-        "seed": None, "stop": [], "model": "",
+        "seed": None, "stop": [], "model": "", "save_every": "60s",
     }  # fmt: skip
     assert checked(data="/x/y")["data"] == "/x/y"
+
+
+@pytest.mark.parametrize("every", ["0", 0, "0steps", "0 step"])
+def test_an_interval_of_nothing_is_refused(every: Any) -> None:
+    with pytest.raises(BadArgument, match=r"--save-every 0.*: an interval is at least one step"):
+        checked(data="x", save_every=every)
+    assert checked(data="x", save_every=7)["save_every"] == "7"
 
 
 def test_values_are_taken_as_given() -> None:

@@ -343,6 +343,8 @@ async def test_reload_starts_restarts_and_stops_what_has_changed(live: Live, sit
     assert told["removed"] == ["service fresh"]
     assert any("No module named 'nothing_of_this_name'" in line for line in told["broken"])
     assert (await row(live, "fresh"))["state"] == "broken"
+    (broken,) = [b for b in (await live.ask(p.Programs()))["broken"] if b["name"] == "fresh"]
+    assert "fresh_mod.py" in broken["printed"], "the traceback"
     uninstall(site, "fresh_mod")
     await live.ask(p.Services("reload"))
     with pytest.raises(NoSuchThing):

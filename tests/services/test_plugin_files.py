@@ -113,10 +113,26 @@ def test_a_plugin_that_cannot_be_imported_is_told_in_one_line_and_in_time(
     (tmp_path / "wrong_plugin.py").write_text(text + "\n")
     monkeypatch.setenv("PYTHONPATH", on_path(tmp_path))
     limit_s = 0.5 if "sleep" in text else 60.0
-    told, error = isolated.describe(Point("s", "wrong_plugin:S", "llmos.services"), limit_s)
-    assert told is None
-    assert IMPORTS[text] in error
-    assert "\n" not in error
+    told = isolated.describe(Point("s", "wrong_plugin:S", "llmos.services"), limit_s)
+    assert told.data is None
+    assert IMPORTS[text] in told.error
+    assert "\n" not in told.error
+    if "raise RuntimeError" in text:
+        assert told.printed.startswith("Traceback (most recent call last):\n")
+        assert 'wrong_plugin.py", line 1, in <module>' in told.printed
+        assert "importlib" not in told.printed, "whose fault it is stands first"
+
+
+def test_what_a_plugin_prints_while_it_is_imported_is_kept_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy = "import os\nprint('x' * 300_000, flush=True)\nos.write(2, b'the end\\n')\nos._exit(3)\n"
+    (tmp_path / "wrong_plugin.py").write_text(noisy)
+    monkeypatch.setenv("PYTHONPATH", on_path(tmp_path))
+    told = isolated.describe(Point("s", "wrong_plugin:S", "llmos.services"))
+    assert told.error == "importing it ended the process (exit status 3)"
+    assert told.printed.endswith("x\nthe end\n")
+    assert len(told.printed) == isolated.PRINTED_BYTES
 
 
 OPTIMIZER = '''

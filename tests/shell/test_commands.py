@@ -16,6 +16,7 @@ from llmos.shell import commands
 from llmos.shell.context import Context
 from llmos.shell.follow import Background
 from llmos.shell.main import find, guarded
+from support.plugins import install, on_path
 from support.shell import Shell, Site, until
 
 READING = ["ps", "ps -a", "status", "mem", "models", "service", "explain 1", "version"]
@@ -239,6 +240,23 @@ def test_logs_call_and_models_reach_what_they_name(sh: Shell, site: Site) -> Non
     assert "models" in sh.ok("service")
     assert sh("service", "logs", "models").status == 0
     assert sh("logs", str(site.spin(steps=1))).status == 0
+
+
+def test_the_log_of_a_service_that_is_broken_says_what_was_wrong(
+    sh_off: Shell, off: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "print('hello')\nimport nothing_of_this_name\n"
+    install(tmp_path, "wrong_mod", text, services={"wrong": "wrong_mod:Wrong"})
+    monkeypatch.setenv("PYTHONPATH", on_path(tmp_path))
+    off.boot()
+    ran = sh_off("service", "logs", "wrong")
+    assert ran.status == 1
+    assert ran.out.startswith("hello\nTraceback (most recent call last):\n")
+    assert 'wrong_mod.py", line 2' in ran.out
+    assert ran.err.count("\n") <= 2
+    assert "service wrong is broken: ModuleNotFoundError: No module named" in ran.err
+    ran = sh_off("service", "logs", "wrong", "-n", "1")
+    assert ran.out == "ModuleNotFoundError: No module named 'nothing_of_this_name'\n"
 
 
 def test_a_call_has_flags_help_and_pairs_that_mean_the_same(sh: Shell) -> None:
