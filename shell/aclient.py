@@ -353,6 +353,21 @@ class AsyncClient:
             del self._answers[request_id]
         return answer
 
+    def ready(self, request_id: int) -> list[Answer]:
+        """The answers that have come already."""
+        queue, found = self._answers.get(request_id), list[Answer]()
+        while queue is not None and not queue.empty():
+            found.append(queue.get_nowait())
+            if not isinstance(found[-1], Item):
+                del self._answers[request_id]
+                break
+        return found
+
+    def fail(self, request_id: int, error: LlmosError) -> None:
+        """Answer a request here: whoever waits for it hears `error`."""
+        if request_id in self._answers:
+            self._answers[request_id].put_nowait(Failure(error))
+
     async def cancel(self, request_id: int) -> None:
         """End a call early; harmless when it has ended."""
         if self._answers.pop(request_id, None) is None or self._writer is None:
@@ -398,6 +413,7 @@ class AsyncStream(AsyncIterator[Any]):
         self._key = key
         self._id: int | None = None
         self._connection = 0
+        self._held: Answer | None = None  # came with items that are handed out first
         self._ended = False
 
     async def _next_answer(self) -> Answer:
@@ -408,7 +424,8 @@ class AsyncStream(AsyncIterator[Any]):
                     self._connection = self._client.connections
                     request = from_offset(self._request, self.offset)
                     self._id = await self._client.begin(request)
-                answer = await self._client.next_answer(self._id)
+                answer, self._held = self._held, None
+                answer = answer or await self._client.next_answer(self._id)
             except NoKernel:
                 answer = None
             gone = answer is None or (
@@ -435,6 +452,21 @@ class AsyncStream(AsyncIterator[Any]):
                 self._ended = True
                 self._client.forget(self._request)
                 raise error
+
+    async def batch(self) -> list[Any]:
+        """The next item, and all that have come with it. Raises StopAsyncIteration at the end."""
+        found = [await anext(self)]
+        for answer in self._client.ready(self._id or 0):
+            if isinstance(answer, Item):
+                self.offset = answer.value["offset"]
+                found.append(answer.value[self._key])
+            else:
+                self._held = answer
+        return found
+
+    def fail(self, error: LlmosError) -> None:
+        """Whoever waits for the next item hears `error`."""
+        self._client.fail(self._id or 0, error)
 
     async def close(self) -> None:
         """Stop listening; the process goes on."""

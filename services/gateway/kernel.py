@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +43,8 @@ class Kernel:
         self._load: dict[AsyncClient, int] = {}
         self._opening = asyncio.Lock()
         self._background: set[asyncio.Task[Any]] = set()
+        self._watching: asyncio.Task[None] | None = None
+        self.processes: set[Process] = set()
         self.timeout_s = timeout_s
 
     async def close(self) -> None:
@@ -87,6 +88,8 @@ class Kernel:
 
     async def _submit(self, program: str, args: Record, patient: bool, options: Record) -> Process:
         line = await self._line()
+        if self._watching is None:
+            self._watching = self.spawn(self._watch())
         self._load[line] += 1
         try:
             pid = await self.ask(
@@ -100,8 +103,19 @@ class Kernel:
             raise
         return Process(self, line, pid, patient)
 
-    def ended(self, line: AsyncClient) -> None:
+    def ended(self, process: Process, line: AsyncClient) -> None:
+        self.processes.discard(process)
         self._load[line] -= 1
+
+    async def _watch(self) -> None:
+        """Look at those that say nothing."""
+        while True:
+            await asyncio.sleep(LOOK_S / 2)
+            now = time.monotonic()
+            for process in list(self.processes):
+                quiet_since = max(process.heard_s, process.looked_s)
+                if now - quiet_since >= LOOK_S and not process.patient:
+                    self.spawn(process.look())
 
     def spawn(self, work: Awaitable[T]) -> asyncio.Task[T]:
         """In the background; its errors are of whoever awaits it."""
@@ -151,71 +165,61 @@ def _let_go(work: asyncio.Task[Process]) -> None:
         work.result().end()
 
 
+class _GivenUp(LlmosError):
+    """Waiting on for a process is of no use: what its client is told."""
+
+    def __init__(self, told: ApiError) -> None:
+        super().__init__(told.message)
+        self.told = told
+
+
 class Process:
     """A process of the kernel, from its submission to its end; `end` it, or read it to the end."""
 
     def __init__(self, kernel: Kernel, line: AsyncClient, pid: int, patient: bool) -> None:
         self.pid = pid
-        self._patient = patient
         self.result: Record = {}
+        self.patient = patient
+        self.heard_s = self.looked_s = (
+            time.monotonic()
+        )  # when it last said something; was looked at
         self._kernel, self._line = kernel, line
-        self._new: deque[Record] = deque()
-        self._grown = asyncio.Event()
-        self._error: BaseException | None = None
+        self._stream = line.attach(pid)
         self._over = False
-        self._reading = kernel.spawn(self._read())
+        kernel.processes.add(self)
 
     async def batches(self) -> AsyncIterator[list[Record]]:
         """Its records as they come, all that are there at a time. Raises what it failed with."""
-        quiet_since = time.monotonic()
-        while True:
-            if self._new:
-                found = list(self._new)
-                self._new.clear()
-                quiet_since = time.monotonic()
-                yield found
-            elif self._over:
-                if self._error is not None:
-                    raise self._error
-                self._check_ended()
-                return
-            else:
-                self._grown.clear()
+        try:
+            while True:
                 try:
-                    async with asyncio.timeout(None if self._patient else LOOK_S):
-                        await self._grown.wait()
-                except TimeoutError:
-                    await self._look(time.monotonic() - quiet_since)
+                    found = await self._stream.batch()
+                except StopAsyncIteration:
+                    break
+                self.heard_s = time.monotonic()
+                yield found
+        except _GivenUp as exc:
+            raise exc.told from None
+        self._is_over()
+        self.result = self._stream.result or {}
+        self._check_ended()
 
     def end(self) -> None:
         """Nobody wants it any more. Harmless when it has ended."""
         if not self._over:
-            self._over = True
-            self._reading.cancel()
-            self._kernel.ended(self._line)
+            self._is_over()
             self._kernel.spawn(self._kill())
 
+    def _is_over(self) -> None:
+        self._over = True
+        self._kernel.ended(self, self._line)
+
     async def _kill(self) -> None:
+        await self._stream.close()
         try:
             await self._kernel.ask(lambda line: line.kill(self.pid, HANGUP), self._line)
         except LlmosError:
             return  # it has ended, or the kernel has: then it is told by nobody's coming back
-
-    async def _read(self) -> None:
-        stream = self._line.attach(self.pid)
-        try:
-            async for record in stream:
-                self._new.append(record)
-                self._grown.set()
-            self.result = stream.result or {}
-        except asyncio.CancelledError:
-            await stream.close()
-            raise
-        except Exception as exc:  # noqa: BLE001  it is raised where the records are read
-            self._error = exc
-        self._over = True
-        self._kernel.ended(self._line)
-        self._grown.set()
 
     def _check_ended(self) -> None:
         """Raise LlmosError when it did not end well."""
@@ -230,31 +234,31 @@ class Process:
             raise unavailable(f"The process of this request (pid {self.pid}) was ended: {why}.")
         raise LlmosError(f"the process of this request (pid {self.pid}) failed: {why}")
 
-    async def _look(self, quiet_s: float) -> None:
-        """It says nothing: why? Raises ApiError when waiting on is of no use."""
+    async def look(self) -> None:
+        """It says nothing: why? When waiting is of no use, whoever reads its records hears so."""
+        self.looked_s = time.monotonic()
         try:
             told = await self._kernel.ask(lambda line: line.explain(self.pid))
-        except NoKernel:
-            return  # its stream waits for the next one
-        reason = str(told.get("reason") or "")
+        except LlmosError:
+            return  # its stream waits for the next kernel, or tells why there is no such process
+        reason, quiet_s = str(told.get("reason") or ""), time.monotonic() - self.heard_s
         if reason == "quota":
-            advice = " ".join(told.get("advice", ()))
-            after = re.search(r"in (\d+) s", advice)
-            raise ApiError(
-                429,
-                f"The quota of this user is used up: {advice or 'later there is some again'}.",
-                code="insufficient_quota",
-                kind="insufficient_quota",
-                headers={"Retry-After": after[1] if after else "60"},
-            )
-        if quiet_s >= self._kernel.timeout_s:
+            self._stream.fail(_GivenUp(_no_quota(" ".join(told.get("advice", ())))))
+        elif quiet_s >= self._kernel.timeout_s:
             place = told.get("queue_place")
             where = "" if place is None else f"; {place} are before it in its queue"
-            state = told["process"]["state"]
-            raise ApiError(
-                504,
-                f"Nothing came for {quiet_s:.0f} s: process {self.pid} is {state}"
-                f"{f' ({reason})' if reason else ''}{where}.",
-                code="timed_out",
-                headers={"Retry-After": "30"},
-            )
+            state = told["process"]["state"] + (f" ({reason})" if reason else "")
+            message = f"Nothing came for {quiet_s:.0f} s: process {self.pid} is {state}{where}."
+            after = {"Retry-After": "30"}
+            self._stream.fail(_GivenUp(ApiError(504, message, code="timed_out", headers=after)))
+
+
+def _no_quota(advice: str) -> ApiError:
+    after = re.search(r"in (\d+) s", advice)
+    return ApiError(
+        429,
+        f"The quota of this user is used up: {advice or 'later there is some again'}.",
+        code="insufficient_quota",
+        kind="insufficient_quota",
+        headers={"Retry-After": after[1] if after else "60"},
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -117,51 +118,46 @@ class EventStream(Response):
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         self._first, self._events, self._stall_s = first, events, stall_s
         self._on_error = on_error
-        self.client_went = False
+        self._sending_since_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.ensure_future(self._send(send))
         gone = asyncio.ensure_future(until_gone(receive))
         try:
-            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-            else:
-                self.client_went = True
+            while not sending.done():
+                await asyncio.wait(
+                    (sending, gone),
+                    timeout=self._stall_s / 4,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if not sending.done() and (gone.done() or self._has_stalled()):
+                    raise Gone
+            sending.result()
         finally:
             for task in (sending, gone):
                 task.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
             await self._events.aclose()
-        if self.client_went:
-            raise Gone
+
+    def _has_stalled(self) -> bool:
+        """Has the client read nothing of what is being sent?"""
+        since_s = self._sending_since_s
+        return since_s is not None and time.monotonic() - since_s > self._stall_s
 
     async def _send(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._say(send, self._first)
         try:
-            await self._say(send, start)
-            await self._say(send, _body(self._first))
-            try:
-                async for events in self._events:
-                    await self._say(send, _body(events))
-            except (_Stalled, asyncio.CancelledError):
-                raise
-            except Exception as exc:  # noqa: BLE001  it is told to the client, and logged
-                await self._say(send, _body(self._on_error(api_error(exc).body())))
-            await self._say(send, _body(b"", more=False))
-        except _Stalled:
-            self.client_went = True
+            async for events in self._events:
+                await self._say(send, events)
+        except Exception as exc:  # noqa: BLE001  it is told to the client, and logged
+            await self._say(send, self._on_error(api_error(exc).body()))
+        await send(_body(b"", more=False))
 
-    async def _say(self, send: Send, message: dict[str, Any]) -> None:
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await send(message)
-        except TimeoutError:
-            raise _Stalled from None
-
-
-class _Stalled(Exception):
-    """The client reads nothing."""
+    async def _say(self, send: Send, events: bytes) -> None:
+        self._sending_since_s = time.monotonic()
+        await send(_body(events))
+        self._sending_since_s = None
 
 
 def _body(data: bytes, more: bool = True) -> dict[str, Any]:

@@ -178,11 +178,13 @@ def test_local_models_are_sent_as_absolute_paths(
 
 
 def test_both_clients_have_the_same_methods_and_parameters() -> None:
+    for_streams = ("connect", "begin", "next_answer", "ready", "fail")
+
     def public(cls: type[Any]) -> dict[str, str]:
         return {
             name: str(inspect.signature(member).replace(return_annotation=inspect.Signature.empty))
             for name, member in inspect.getmembers(cls, inspect.isfunction)
-            if not name.startswith("_") and name not in ("connect", "begin", "next_answer")
+            if not name.startswith("_") and name not in for_streams
         }
 
     assert public(Client) == public(AsyncClient)
@@ -214,6 +216,40 @@ async def _collect(client: AsyncClient, pid: int) -> list[int]:
 
 async def _text(client: AsyncClient) -> str:
     return "".join([t async for t in client.run("toy", "x", max_tokens=3)])
+
+
+def test_a_stream_gives_what_has_come_together_and_then_its_end(off: Site) -> None:
+    def attach(args: Any, send: Any) -> None:
+        for offset in (10, 20, 30):
+            send({"item": {"offset": offset, "record": {"n": offset}}})
+        if args["pid"] == 1:
+            send({"ok": {"exit_status": 0, "offset": 30}})
+        elif args["pid"] == 2:
+            send({"error": NoSuchProcess("it was forgotten").to_wire()})
+
+    async def work() -> None:
+        async with AsyncClient(off.home.path) as client:
+            streams = [client.attach(pid) for pid in (1, 2, 3)]
+            for stream in streams:
+                found: list[Any] = []
+                while len(found) < 3:  # how many come at once is the system's to say
+                    found += await stream.batch()
+                assert [record["n"] for record in found] == [10, 20, 30]
+                assert stream.offset == 30
+            with pytest.raises(StopAsyncIteration):
+                await streams[0].batch()
+            assert streams[0].result == {"exit_status": 0, "offset": 30}
+            with pytest.raises(NoSuchProcess):
+                await streams[1].batch()
+            waiting = asyncio.create_task(streams[2].batch())
+            await asyncio.sleep(0)
+            streams[2].fail(TimedOut("enough"))
+            with pytest.raises(TimedOut, match="enough"):
+                await waiting
+
+    server = Scripted(off.home.path, attach=attach)
+    asyncio.run(work())
+    server.close()
 
 
 def test_an_async_client_tells_its_waiters_when_the_kernel_goes(off: Site) -> None:
