@@ -126,16 +126,19 @@ def _sources(*folders: str) -> list[Path]:
 
 
 def _kinds(file: Path) -> set[str]:
-    """The kinds of records that a file writes: `emit(KIND, ...)`, and a stream's `append`."""
+    """The kinds of records that a file writes: `emit(KIND, ...)`, `records.add(PID, KIND, ...)`, and
+    a stream's `append`."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        if not isinstance(node, ast.Call):
             continue
-        to_stream = node.func.attr == "append" and "streams" in ast.unparse(node.func.value)
-        if node.func.attr != "emit" and not to_stream:
+        called = ast.unparse(node.func)
+        at = 1 if called.endswith("records.add") else 0
+        to_stream = called.endswith("append") and "streams" in called
+        if called.rpartition(".")[2] != "emit" and not at and not to_stream:
             continue
-        if node.args and isinstance(node.args[0], ast.Constant):
-            found.add(str(node.args[0].value))
+        if len(node.args) > at and isinstance(node.args[at], ast.Constant):
+            found.add(str(node.args[at].value))
     return found
 
 
