@@ -205,9 +205,11 @@ class Talk:
             "answers": f"{talk.turns}, {plural(talk.tokens, 'token')} in all",
         }
         length, limit = context_used(talk.last), context_tokens(self.ctx.home, talk.args["model"])
-        if length or limit:
+        if length:
             of = f" of {count(limit)}" if limit else ""
             rows["context"] = f"{length}{of} tokens"
+        elif limit:
+            rows["context"] = f"at most {count(limit)} tokens"
         if talk.last:
             rows["last answer"] = answer_statistics(talk.last)
         return rows
