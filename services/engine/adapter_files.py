@@ -97,23 +97,34 @@ class Skeleton:
         self.tables = {name for name, module in modules if module is table}
 
 
-def find(ref: str) -> Path:
-    """The folder of an adapter: `ref` itself, or `adapter/` in a model that was made from one."""
+def find(ref: str) -> tuple[Path, str]:
+    """(the folder of an adapter, what a person should know of that choice). Raises BadInput.
+
+    It is `ref` itself; `adapter/` in a model that was made from one; where `ref` is a checkpoint
+    that its training has replaced since, the newest of its checkpoints.
+    """
     folder = Path(ref)
     for place in (folder, folder / "adapter"):
         if (place / CONFIG).is_file():
-            return place
+            return place, ""
     if not folder.exists():
-        raise BadInput(
-            f"there is no adapter {ref}",
-            "a training keeps its newest checkpoints only: name it once more" if
-            folder.parent.name == "checkpoints" else "`llmos models` lists those of the home",
-        )  # fmt: skip
+        newest = _newest_beside(folder)
+        if newest is None:
+            raise BadInput(f"there is no adapter {ref}", "`llmos models` lists those of the home")
+        return newest, f"the adapter was trained on since: {newest.name} takes over"
     if (folder / "config.json").is_file():
         raise BadInput(
             f"{ref} is a whole model, not a LoRA adapter", "run it by itself, without --adapter"
         )
     raise BadInput(f"{ref} is no LoRA adapter: it has no {CONFIG}")
+
+
+def _newest_beside(checkpoint: Path) -> Path | None:
+    """Of a training that is gone on from a checkpoint, the last one."""
+    if checkpoint.parent.name != "checkpoints":
+        return None
+    found = [p.parent for p in checkpoint.parent.glob(f"step-*/{CONFIG}")]
+    return max(found, key=lambda p: p.name, default=None)
 
 
 def stamp(folder: Path) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ layers are found by their names in the model, and only their `forward` is wrappe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -74,12 +74,14 @@ class Adapters:
         self._rows: OrderedDict[tuple[Any, ...], Row] = OrderedDict()
         self._row: Row | None = None
 
-    def load(self, ref: str) -> Adapter:
+    def load(self, ref: str, note: Callable[[str], None] = lambda text: None) -> Adapter:
         """The adapter in a folder, loaded once however many use it. Raises BadInput.
 
-        Each call wants one `release`.
+        Each call wants one `release`. `note` is told in one line what its user may want to know.
         """
-        folder = adapter_files.find(ref)
+        folder, told = adapter_files.find(ref)
+        if told:
+            note(told)
         stamp = adapter_files.stamp(folder)
         seen, key = self._seen.get(str(folder), (None, ""))
         if seen != stamp or key not in self._loaded:

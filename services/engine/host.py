@@ -317,7 +317,11 @@ class Host:
     def admit(self, ctx: Context, guest: Guest) -> None:
         """A guest arrives. Raises BadInput when the model cannot take its prompt or adapter."""
         ref = guest.args.get("adapter")
-        adapter = self._adapters.load(ref) if ref else None
+        adapter = None
+        if ref:
+            adapter = self._adapters.load(
+                ref, lambda text: ctx.emit("note", pid=guest.pid, text=text)
+            )
         try:
             session = self._session(guest, adapter)
         except LlmosError:

@@ -56,7 +56,7 @@ class Spill:
                 return False
             data = model.pool.out(blocks)
             kept = list(ids[: len(blocks) * model.blocks.size])
-            told = {"identity": self._identity, "ids": json.dumps(kept)}
+            told = {"identity": self._of(table.salt), "ids": json.dumps(kept)}
             save_file({"kv": data}, aside, metadata=told)
             os.replace(aside, folder / FILE)
         except (OSError, SafetensorError):
@@ -68,14 +68,14 @@ class Spill:
     def read(self, folder: Path, model: PagedModel, salt: Any) -> int:
         """Bring back what was written; the file goes -> how many tokens are known again.
 
-        None are when another model has written it, or when there is no room.
+        None are when another model or adapter has written it, or when there is no room.
         """
         path = folder / FILE
         began = time.perf_counter()
         try:
             with safe_open(path, "pt") as opened:
                 told = opened.metadata() or {}
-                if told.get("identity") != self._identity:
+                if told.get("identity") != self._of(salt):
                     return 0
                 ids = [int(i) for i in json.loads(told["ids"])]
                 data = opened.get_tensor("kv")
@@ -96,6 +96,9 @@ class Spill:
         model.blocks.release(table)
         self._took(data.nbytes, time.perf_counter() - began)
         return tokens
+
+    def _of(self, salt: Any) -> str:
+        return f"{self._identity} {salt or ''}"
 
     def _took(self, nbytes: int, seconds: float) -> None:
         if nbytes > 1 << 20 and seconds > 0:

@@ -27,10 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from llmos.services.engine import weights
 from llmos.services.engine.adapters import Adapter, Adapters
 from llmos.services.engine.host import Host
-from llmos.services.engine.layout import lay_out
-from llmos.services.model.load import load_causal_lm
 from llmos.services.programs.base import Guest, Idle, OpenGate
 from support.adapters import make_adapter
 from support.run_program import FakeContext, make_context
@@ -81,9 +80,7 @@ def measure(base: Path, scratch: Path, args: argparse.Namespace) -> None:
     if args.engine:
         measure_engine(base, folders, args)
         return
-    model: Any = load_causal_lm(base, args.dtype)
-    model.requires_grad_(False)
-    lay_out(model)
+    model: Any = weights.load(str(base), args.dtype, "cpu")
     adapters = Adapters(model, model.dtype)
     began, before = time.perf_counter(), resident()
     loaded = [adapters.load(str(f)) for f in folders]

@@ -352,6 +352,22 @@ def test_the_adapter_of_a_merged_model_is_found_with_its_template(
     assert adapters.load(str(make_adapter(llama, tmp_path / "bare", seed=1))).chat_template == ""
 
 
+def test_of_a_checkpoint_that_is_gone_the_newest_takes_its_place(
+    llama: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "procs" / "7" / "checkpoints"
+    for step in (20, 100):
+        make_adapter(llama, root / f"step-{step:09d}", seed=step)
+    _, adapters = loaded(llama)
+    notes: list[str] = []
+    found = adapters.load(str(root / f"step-{3:09d}"), notes.append)
+    assert found.folder == str(root / "step-000000100")
+    (note,) = notes
+    assert "step-000000100 takes over" in note
+    assert adapters.load(str(root / "step-000000020"), notes.append) is not found
+    assert len(notes) == 1
+
+
 # ---- what is refused ----
 
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {

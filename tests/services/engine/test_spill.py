@@ -10,6 +10,7 @@ import pytest
 from llmos.services.engine.host import Host
 from llmos.services.engine.spill import FILE
 from llmos.services.programs.base import Guest, Idle, OpenGate
+from support.adapters import make_adapter
 from support.run_program import make_context
 from support.small_models import TEMPLATE, make_llama
 
@@ -26,8 +27,14 @@ class Engine:
         self.host = Host(self.model, "float32", "cpu", 1, OpenGate(), kv_bytes)
         self.ctx = make_context(home)
 
-    def chat(self, pid: int, folder: Path, records: list[dict[str, Any]] | None = None) -> None:
-        args = {"model": self.model, **ARGS}
+    def chat(
+        self,
+        pid: int,
+        folder: Path,
+        records: list[dict[str, Any]] | None = None,
+        adapter: str = "",
+    ) -> None:
+        args = {"model": self.model, "adapter": adapter, **ARGS}
         given = Guest(pid, "chat", args, (0, 0, pid), records or [], False, folder)
         self.host.admit(self.ctx, given)
 
@@ -123,3 +130,22 @@ def test_a_chat_that_ends_leaves_no_file(model: Path, tmp_path: Path) -> None:
     second.chat(7, work, first.records(7))
     second.host.drop(7)
     assert not (work / FILE).exists()
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_what_an_adapter_has_computed_is_read_back_for_the_same_numbers_only(
+    is_changed: bool, model: Path, tmp_path: Path
+) -> None:
+    work, adapter = folder(tmp_path), tmp_path / "adapter"
+    make_adapter(model, adapter, seed=1, scale=0.1)
+    first = Engine(model, tmp_path / "a")
+    first.chat(7, work, adapter=str(adapter))
+    first.say(7, "the cat sat on the mat and looked at the dog for a long time")
+    first.host.close()
+    assert (work / FILE).exists()
+    if is_changed:  # made anew under the same name
+        make_adapter(model, adapter, seed=2, scale=0.1)
+    second = Engine(model, tmp_path / "b")
+    second.chat(7, work, first.records(7), adapter=str(adapter))
+    turn = second.say(7, "and then")
+    assert (turn["cached_tokens"] > 0) is not is_changed
