@@ -50,7 +50,7 @@ class Mem:
 
 @dataclass(frozen=True, slots=True)
 class Explain:
-    """-> {process, reason, queue_place, story: [{at what why}...], advice: [...]}"""
+    """-> {process, reason, queue_place, story: [{at what why}...], advice: [...], ...}"""
 
     pid: int
 

@@ -19,10 +19,12 @@ LOG_LINES = 12
 def handle(kernel: Kernel, request: protocol.Explain, client: Connection) -> dict[str, Any]:
     proc = kernel.core.m.find(request.pid)
     story = proc.story if access.is_own(client, proc) else []
+    over = proc.live and quota.is_over(kernel.core.m, proc)
     return {
         "process": kernel.shown(proc, client),
         "reason": proc.reason if story or proc.live else "",
         "queue_place": _place(kernel, proc),
+        "quota_opens_in_s": quota.opens_in(kernel.core.m, proc.uid) if over else None,
         "story": [{"at": at, "what": what, "why": why} for at, what, why in story],
         "advice": list(_advice(kernel, proc)),
         "log": _log(kernel, proc) if access.is_own(client, proc) else [],

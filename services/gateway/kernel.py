@@ -7,7 +7,7 @@ requests wait a little and are told to come again.
 from __future__ import annotations
 
 import asyncio
-import re
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -242,8 +242,10 @@ class Process:
         except LlmosError:
             return  # its stream waits for the next kernel, or tells why there is no such process
         reason, quiet_s = str(told.get("reason") or ""), time.monotonic() - self.heard_s
-        if reason == "quota":
-            self._stream.fail(_GivenUp(_no_quota(" ".join(told.get("advice", ())))))
+        opens_in_s = told.get("quota_opens_in_s")
+        if opens_in_s is not None:
+            advice = " ".join(told.get("advice", ()))
+            self._stream.fail(_GivenUp(_no_quota(advice, opens_in_s)))
         elif quiet_s >= self._kernel.timeout_s:
             place = told.get("queue_place")
             where = "" if place is None else f"; {place} are before it in its queue"
@@ -253,12 +255,11 @@ class Process:
             self._stream.fail(_GivenUp(ApiError(504, message, code="timed_out", headers=after)))
 
 
-def _no_quota(advice: str) -> ApiError:
-    after = re.search(r"in (\d+) s", advice)
+def _no_quota(advice: str, opens_in_s: float) -> ApiError:
     return ApiError(
         429,
         f"The quota of this user is used up: {advice or 'later there is some again'}.",
         code="insufficient_quota",
         kind="insufficient_quota",
-        headers={"Retry-After": after[1] if after else "60"},
+        headers={"Retry-After": str(max(1, math.ceil(opens_in_s)))},
     )

@@ -105,6 +105,7 @@ def test_what_was_answered_is_not_asked_again(served: Served, tmp_path: Path) ->
     }
 
 
+@pytest.mark.long
 def test_ctrl_c_keeps_what_is_done(served: Served, tmp_path: Path) -> None:
     requests = write(tmp_path / "in.jsonl", *(line(n, model="long", max_tokens=40)
                                               for n in range(300)))  # fmt: skip
@@ -132,6 +133,7 @@ def test_ctrl_c_keeps_what_is_done(served: Served, tmp_path: Path) -> None:
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.long
 def test_a_kernel_that_dies_is_waited_for(served: Served, tmp_path: Path) -> None:
     requests = write(tmp_path / "in.jsonl", *(line(n, model="long", max_tokens=40)
                                               for n in range(40)))  # fmt: skip

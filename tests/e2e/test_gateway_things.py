@@ -130,6 +130,7 @@ def test_damaged_lines_fail_a_batch_before_it_begins(api: OpenAI) -> None:
     assert "also that of line 1" in done.errors.data[1].message
 
 
+@pytest.mark.long
 def test_a_batch_goes_on_after_its_server_died_and_can_be_cancelled(
     served: Served, api: OpenAI
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_model_is_fine_tuned_and_answers(api: OpenAI) -> None:
     assert "taught" in again["message"]
 
 
+@pytest.mark.long
 def test_a_fine_tuning_is_paused_resumed_and_cancelled(served: Served, api: OpenAI) -> None:
     file = api.files.create(file=chats(200), purpose="fine-tune")
     extra = {"llmos": {**QUICK["llmos"], "save_every": "2", "epochs": 1000}}

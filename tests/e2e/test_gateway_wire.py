@@ -246,6 +246,7 @@ def test_with_a_key_nobody_is_served_without_one(served: Served) -> None:
 # ---- what dies ----
 
 
+@pytest.mark.long
 def test_a_stream_outlives_the_kernel(served: Served) -> None:
     """The same text as undisturbed: nothing is lost, nothing comes twice."""
     request = {**LONG, "max_tokens": 600, "extra_body": {"ignore_eos": True}}
@@ -262,6 +263,7 @@ def test_a_stream_outlives_the_kernel(served: Served) -> None:
         assert api.completions.create(prompt="x", **fields()).choices
 
 
+@pytest.mark.long
 def test_without_a_kernel_a_request_is_told_to_come_again(served: Served) -> None:
     port = served.port
     served.kill_kernel()
@@ -303,6 +305,7 @@ def test_a_second_gateway_says_where_the_first_is(served: Served) -> None:
     assert "serve stop" in done.stderr
 
 
+@pytest.mark.long
 def test_serve_in_the_foreground_ends_with_ctrl_c(served: Served) -> None:
     served.machine.ok("serve", "stop")
     try:
@@ -324,6 +327,7 @@ def test_serve_in_the_foreground_ends_with_ctrl_c(served: Served) -> None:
         served.machine.ok("serve", "-d", "--port", "0", "--max-active", "3", "--max-waiting", "1")
 
 
+@pytest.mark.long
 def test_a_port_that_is_taken_is_one_line(served: Served) -> None:
     port = served.port
     served.machine.ok("serve", "stop")
@@ -342,6 +346,7 @@ def test_a_port_that_is_taken_is_one_line(served: Served) -> None:
         served.machine.ok("serve", "-d", "--port", str(port))
 
 
+@pytest.mark.long
 def test_beyond_this_machine_a_key_is_needed(served: Served) -> None:
     port = served.port
     served.machine.ok("serve", "stop")

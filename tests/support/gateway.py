@@ -42,9 +42,10 @@ class Served:
     """A booted machine with the models `tiny` (a chat template, 128 tokens), `plain` (none, 128
     tokens) and `long` (8192, no end); and its gateway, unless it is to have none."""
 
-    def __init__(self, *flags: str, gateway: bool = True) -> None:
+    def __init__(self, *flags: str, gateway: bool = True, config: str = "") -> None:
         self.machine: Machine = make_machine()
         self.home = self.machine.home
+        (self.home / "config.toml").write_text(config)
         models = self.home / "models"
         models.mkdir(mode=0o700)
         make_llama(models / "tiny", TEMPLATE)
