@@ -120,10 +120,10 @@ def test_a_worker_on_a_full_disk_goes_on_and_loses_no_word() -> None:
         assert m.ask(p.Kill(goes, 15))["exit_status"] == 143
 
 
-def shell(m: Machine, *words: str) -> subprocess.CompletedProcess[str]:
+def shell(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-P", "-m", "llmos.shell", *words], capture_output=True, text=True,
-        env={**os.environ, "LLMOS_HOME": str(m.home)}, check=False,
+        env={**os.environ, "LLMOS_HOME": str(home)}, check=False,
     )  # fmt: skip
 
 
@@ -132,16 +132,19 @@ def test_on_a_full_or_read_only_disk_boot_and_fsck_say_so_in_one_line() -> None:
         m.submit(steps=1)
         m.shutdown()
         ballast = fill(m.home)
-        full = shell(m, "boot", "--device", "sim0")
+        full = shell(m.home, "boot", "--device", "sim0")
         ballast.unlink()
         assert mount("-o", "remount,ro", str(m.home))
-        refused = shell(m, "boot", "--device", "sim0")
-        checked = shell(m, "fsck")
+        refused = shell(m.home, "boot", "--device", "sim0")
+        first = shell(m.home / "new", "boot", "--device", "sim0")  # of somebody new to it
+        checked = shell(m.home, "fsck")
         assert mount("-o", "remount,rw", str(m.home))
         for done, why, status in (
-            (full, "No space left", 1), (refused, "Read-only", 1), (checked, "Read-only", 8)
+            (full, "No space left", 1), (refused, "Read-only", 1), (checked, "Read-only", 8),
+            (first, f"the home {m.home}/new cannot be made: Read-only", 1),
         ):  # fmt: skip
             assert (done.returncode, done.stdout) == (status, "")
             assert why in done.stderr.splitlines()[0], done.stderr
             assert "Traceback" not in done.stderr
+            assert done.stderr.count("\n") <= 2, "a line, and one that says what helps"
         m.boot()
