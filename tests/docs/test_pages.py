@@ -126,8 +126,8 @@ def _sources(*folders: str) -> list[Path]:
 
 
 def _kinds(file: Path) -> set[str]:
-    """The kinds of records that a file writes: `emit(KIND, ...)`, `records.add(PID, KIND, ...)`, and
-    a stream's `append`."""
+    """The kinds of records that a file writes: `emit(KIND, ...)`, `records.add(PID, KIND, ...)`,
+    and a stream's `append`."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if not isinstance(node, ast.Call):
