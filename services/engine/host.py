@@ -400,6 +400,9 @@ class Host:
                 session.turns.append(prompt)
                 if not session.is_answering:
                     self._next_turn(ctx, session)
+            case {"end": True}:
+                self.drop(pid)
+                ctx.guest_done(pid, Done())
             case {"stop": True}:
                 if session.is_answering:
                     ctx.emit("text", pid=pid, text=session.interrupt(), tokens=[])
@@ -413,7 +416,8 @@ class Host:
             case _:
                 raise BadArgument(
                     "a chat cannot read this message",
-                    'it takes {"prompt": TEXT}, {"stop": true}, {"set": {...}}, {"history": [...]}',
+                    'it takes {"prompt": TEXT}, {"stop": true}, {"set": {...}}, {"history": [...]}, '
+                    '{"end": true}',
                 )
 
     def _finish(self, ctx: Context, session: Session, answer: Answer, finish_reason: str) -> None:

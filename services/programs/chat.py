@@ -2,8 +2,10 @@
 
 A session begins without a prompt and waits. Messages (`Send`): {"prompt": TEXT} is the user's
 turn; {"stop": true} ends the answer that is being made and keeps the session; {"set": {...}}
-changes max_tokens, temperature, top_k, top_p, seed, stop or system. After each answer comes a
-record of kind "turn" {tokens, finish_reason, first_token_s, tokens_per_s}.
+changes max_tokens, temperature, top_k, top_p, min_p, the penalties, seed, stop or system;
+{"history": [{"role": ..., "content": ...}, ...]} replaces the conversation (record "history");
+{"end": true} ends the session with exit status 0. After each answer comes a record of kind "turn",
+with what the result of an `infer` has.
 """
 
 from __future__ import annotations

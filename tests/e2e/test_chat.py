@@ -12,7 +12,6 @@ import pytest
 
 from llmos.shell.chatinput import PLACEHOLDER
 from llmos.shell.launch import wait_gone
-from support.engine_has import EXIT_OF_A_CHAT
 from support.machine import LIMIT_S, Machine
 from support.terminal import Terminal
 
@@ -59,7 +58,7 @@ def test_a_chat_on_a_terminal_is_kept_and_leaves_with_status_0(llmos: Machine) -
     kept = json.loads((llmos.home / "chats" / "kept.json").read_text())
     assert [m["role"] for m in kept["messages"]] == ["user", "assistant"]
     assert kept["settings"] == {"max_tokens": 8, "temperature": 0.0}
-    assert last_chat(llmos)["exit_status"] == EXIT_OF_A_CHAT
+    assert last_chat(llmos)["exit_status"] == 0
 
 
 def test_on_a_pipe_each_line_is_a_turn(llmos: Machine) -> None:
