@@ -416,8 +416,8 @@ class Host:
             case _:
                 raise BadArgument(
                     "a chat cannot read this message",
-                    'it takes {"prompt": TEXT}, {"stop": true}, {"set": {...}}, {"history": [...]}, '
-                    '{"end": true}',
+                    'it takes {"prompt": TEXT}, {"stop": true}, {"set": {...}}, '
+                    '{"history": [...]}, {"end": true}',
                 )
 
     def _finish(self, ctx: Context, session: Session, answer: Answer, finish_reason: str) -> None:
