@@ -100,8 +100,13 @@ def _unpack(masks: np.ndarray[Any, np.dtype[np.int32]], device: torch.device) ->
     octets = masks.view(np.uint8)
     if device.type == "cpu":
         return torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little"))
-    packed = torch.from_numpy(octets).to(device, non_blocking=True)
-    return (packed.unsqueeze(2) >> torch.arange(8, device=device)).bitwise_and(1).flatten(1)
+    return unpack_bits(torch.from_numpy(octets).to(device, non_blocking=True))
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """Bytes (rows, n) -> their bits (rows, 8 n), the lowest of each first, where `packed` is."""
+    places = torch.arange(8, device=packed.device, dtype=torch.uint8)
+    return (packed.unsqueeze(2) >> places).bitwise_and(1).flatten(1)
 
 
 def _spec(args: Any) -> tuple[str, str] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -293,6 +294,12 @@ def test_rows_with_and_without_a_form_share_a_batch(tokenizer: Any) -> None:
     for row, choice in enumerate(drawn):
         assert choice.logprob == pytest.approx(float(raw[row, choice.token]), abs=1e-5)
         assert choice.top[0][0] == int(logits[row].argmax()), "the model's own scores"
+
+
+def test_a_device_unpacks_bits_as_a_cpu_does() -> None:
+    octets = torch.randint(0, 256, (3, 40), dtype=torch.uint8)
+    wanted = np.unpackbits(octets.numpy(), axis=1, bitorder="little")
+    assert constrain.unpack_bits(octets).tolist() == wanted.tolist()
 
 
 def test_a_model_with_fewer_ids_than_its_tokenizer_makes_only_those(byte_level: Any) -> None:
