@@ -189,18 +189,23 @@ class Host:
             self._count_time(takers, ctx.clock() - began_s)
             for (session, answer), choice in zip(takers, choices, strict=True):
                 if choice.token == draw.NOTHING:
-                    self._fail(ctx, session)
+                    self._fail(ctx, session, choice.error)
                 elif session.guest.pid in self._sessions:
                     self._deliver(ctx, session, answer, choice)
 
-    def _fail(self, ctx: Context, session: Session) -> None:
-        """The model gives no scores for a text: nothing can follow it. Others go on."""
+    def _fail(self, ctx: Context, session: Session, why: str) -> None:
+        """No token can follow a text: its form cannot be kept, or (`why` is empty) the model gives
+        no scores for it. Others go on."""
         if session.guest.pid not in self._sessions:
             return  # another of its texts came first
         what = "the adapter" if session.adapter is not None else "the model"
-        error = BadInput(
-            f"{what} gives no numbers for this text",
-            "its training has diverged, or the dtype is too small for it: try --dtype float32",
+        error = (
+            BadInput(why)
+            if why
+            else BadInput(
+                f"{what} gives no numbers for this text",
+                "its training has diverged, or the dtype is too small for it: try --dtype float32",
+            )
         )
         self.drop(session.guest.pid)
         reason = _one_line(error)

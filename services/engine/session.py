@@ -267,7 +267,7 @@ class Session(Served):
         return self.encode(text, special=False)
 
     def _finish_reason(self, token: int, answer: Answer) -> str:
-        if answer.stops.hit:
+        if answer.stops.hit or answer.sampler.finished:
             return "stop"
         if token in self.loaded.stop_ids and not self.args.ignore_eos:
             return "stop"
