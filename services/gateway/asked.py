@@ -158,6 +158,8 @@ def _common(f: Fields) -> Asked:
     if f.flag("use_beam_search"):  # vLLM's word for it; n of the best are shown
         args["beams"], args["length_penalty"] = asked.n, f.number("length_penalty", 1.0)
     f.only("length_penalty", 1, 1.0)
+    if f.flag("exact"):  # ours: computed alone, so that no other request changes the last bits
+        args["exact"] = True
     adapter = f.text("adapter")
     if adapter:
         args["adapter"] = registry_name(adapter, "adapter")

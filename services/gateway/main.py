@@ -111,7 +111,9 @@ async def serve(home: Path, fd: int, settings: Settings, listener: socket.socket
     turnstile = Turnstile(settings.max_active, settings.max_waiting)
     metrics = Metrics(turnstile)
     kernel = Kernel(home, settings.timeout_s)
-    endpoints = app.Endpoints(home, folder, Runner(kernel, metrics), settings, turnstile, metrics)
+    endpoints = app.Endpoints(
+        home, folder, Runner(kernel, metrics, settings.dtype), settings, turnstile, metrics
+    )
     config = uvicorn.Config(
         app.make(endpoints, Keys(folder)),
         log_level="warning",

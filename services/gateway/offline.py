@@ -1,7 +1,7 @@
 """`llmos batch`: the lines of a file, answered into another, without a gateway.
 
     python -P -m llmos.services.gateway.offline REQUESTS --output RESULTS [--home HOME]
-        [--model NAME] [--class idle] [--nice N] [--at-once N]
+        [--model NAME] [--dtype TYPE] [--class idle] [--nice N] [--at-once N]
 
 Each answer is a line of RESULTS as soon as it is there; what has one is not asked again. Exit
 status: 0 every line was answered well; 1 some were not, or are damaged; 130 Ctrl-C.
@@ -87,7 +87,7 @@ class Batch:
 
     async def run(self) -> int:
         kernel = Kernel(self._options.home, float("inf"), open_s=0.0)
-        self._runner = Runner(kernel, self.tally)
+        self._runner = Runner(kernel, self.tally, self._options.dtype)
         try:
             await kernel.ask(lambda line: line.ping())  # one that is not there is told at once
             await lines.run_all(self._left(), self._ask, self._options.at_once)
@@ -173,6 +173,7 @@ def main() -> int:
     parser.add_argument("--model", default="")
     parser.add_argument("--class", dest="cls", default="idle")
     parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--dtype", default="")
     parser.add_argument("--at-once", type=int, default=32)
     options = parser.parse_args()
     options.requests, options.output = options.requests.absolute(), options.output.absolute()

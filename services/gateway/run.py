@@ -43,8 +43,10 @@ class Meter(Protocol):
 class Runner:
     """Makes processes of requests."""
 
-    def __init__(self, kernel: Kernel, meter: Meter) -> None:
+    def __init__(self, kernel: Kernel, meter: Meter, dtype: str = "") -> None:
+        """`dtype`: in which number format models compute; empty: what `infer` does by itself."""
         self.kernel, self.meter = kernel, meter
+        self._served: Args = {"dtype": dtype} if dtype else {}
 
     @contextlib.asynccontextmanager
     async def process(
@@ -52,7 +54,7 @@ class Runner:
     ) -> AsyncIterator[Process]:
         """A process that ends with the block."""
         made = await self.kernel.submit(
-            program, args, patient=whose.patient, user=whose.user, **options
+            program, {**self._served, **args}, patient=whose.patient, user=whose.user, **options
         )
         try:
             yield made

@@ -28,6 +28,7 @@ class Settings:
     max_file: int = 512 * MIB  # bytes of an upload
     timeout_s: float = 600.0  # without a word of the model for so long a request is given up
     stall_s: float = 120.0  # a client that reads nothing for so long is given up
+    dtype: str = ""  # in which models compute; empty: the engine chooses
     batch_active: int = 32  # requests of batches that run at once
     cors: tuple[str, ...] = ()  # origins whose pages may ask; "*": all
 

@@ -8,12 +8,14 @@ import sys
 from llmos.shell.context import Context
 from llmos.shell.options import Command, Option, Values
 
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+
 
 def run(ctx: Context, values: Values) -> int:
     # -P: a file in the user's folder must not shadow a module.
     command = [sys.executable, "-P", "-m", "llmos.services.gateway.offline"]
     command += ["--home", str(ctx.home.path), "--output", values["output"]]
-    for name in ("model", "class", "nice", "at_once"):
+    for name in ("model", "dtype", "class", "nice", "at_once"):
         if name in values:
             command.append(f"--{name.replace('_', '-')}={values[name]}")
     with subprocess.Popen([*command, "--", values["requests"]]) as process:
@@ -47,6 +49,7 @@ COMMAND = Command(
             complete="path",
         ),
         Option("model", "for lines that name none", metavar="MODEL", complete="model"),
+        Option("dtype", "number format of the weights", choices=DTYPES),
         Option(
             "class",
             "which processes it goes before; default: idle",

@@ -12,6 +12,7 @@ from llmos.kernel.errors import Busy, NoKernel, NoSuchThing, ServiceFailed
 from llmos.kernel.units import parse_bytes
 from llmos.shell import keys
 from llmos.shell.client import Client, Record
+from llmos.shell.commands.batch import DTYPES
 from llmos.shell.context import Context
 from llmos.shell.options import JSON, Command, Option, Values
 
@@ -29,6 +30,7 @@ _FLAGS = {
     "max_file": "max_file",
     "timeout": "timeout_s",
     "batch_active": "batch_active",
+    "dtype": "dtype",
     "cors": "cors",
 }
 _SIZES = ("max_body", "max_file")
@@ -162,6 +164,7 @@ COMMAND = Command(
             minimum=1,
             metavar="TIME",
         ),
+        Option("dtype", "number format of the weights; default: auto", choices=DTYPES),
         Option("batch_active", "of batches, at once; default: 32", type="int", minimum=1),
         Option("cors", "an origin whose pages may ask (repeatable)", type="list", metavar="ORIGIN"),
         JSON,
