@@ -69,8 +69,9 @@ class AttachedGuests:
 
     def _append(self, pid: int, row: bytes) -> None:
         with contextlib.suppress(OSError, ProtocolError):
-            if self._fd >= 0:
-                os.write(self._fd, pack([pid, row]))
+            frame = pack([pid, row])
+            if self._fd >= 0 and os.write(self._fd, frame) < len(frame):
+                self._write_anew()  # a torn frame would swallow those behind it
 
     def _write_anew(self) -> None:
         self.close()

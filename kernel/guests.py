@@ -76,9 +76,10 @@ def input_given(m: Machine, e: InputGiven) -> None:
     if worker is None or e.pid not in worker.admitted:
         # The engine does not know it yet: it gets the input right after the guest.
         m.early_input.setdefault(e.pid, []).append(given)
-        if proc.state is State.WAITING and proc.reason == "input" and worker is None:
-            proc.awaits_input = False
+        proc.awaits_input = False
+        if proc.state is State.WAITING and proc.reason == "input":
             m.move(proc, State.WAITING, "has input", "engine")
+            join_engine(m, proc)
             want(m, engine)
         return
     turns.forward(m, worker, e.pid, given)
@@ -167,6 +168,8 @@ def rest_engine(m: Machine, worker: Worker) -> None:
     proc = m.procs[worker.pid]
     if proc.state in (State.READY, State.RUNNING, State.PREEMPTED):
         m.move(proc, State.WAITING, "idle: keeps the model loaded", "idle")
+    if not all(rests(guest) for guest in m.guests_of(proc.pid)):
+        return  # one that is over its quota has a turn later
     _keep(m, proc, worker)
     m.line_dirty = True  # somebody may have waited for just that
 

@@ -6,13 +6,14 @@ a guest that only this engine knows brings its row, for a kernel that comes late
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmos.drivers.worker.records import Post, Records
 from llmos.drivers.worker.stream import whole_records
 from llmos.drivers.worker.words import line_of
-from llmos.kernel.errors import LlmosError
+from llmos.kernel.errors import BadInput, LlmosError
 
 if TYPE_CHECKING:
     from llmos.drivers.worker.main import Worker
@@ -71,8 +72,16 @@ class Guests:
         )
         try:
             program.admit(self._worker, guest)
-        except LlmosError as exc:
-            self.end(pid, 1, line_of(exc.to_wire()), {"error": exc.to_wire()})
+        except Exception as exc:  # noqa: BLE001  one guest's arguments end nobody else
+            self._fail(pid, exc)
+
+    def _fail(self, pid: int, exc: Exception) -> None:
+        """What the engine makes of a guest's words ends that guest alone."""
+        if not isinstance(exc, LlmosError):
+            traceback.print_exc()
+            exc = BadInput(f"the engine failed with it: {type(exc).__name__}: {exc}"[:300])
+        self._worker.program.drop(self._worker, pid)
+        self.end(pid, 1, line_of(exc.to_wire()), {"error": exc.to_wire()})
 
     def _give(self, pid: int, message: dict[str, Any], key: str) -> None:
         """Input for a guest. What is in its stream, an engine that dies leaves to the next."""
@@ -85,7 +94,10 @@ class Guests:
         self._read_keys[pid].add(key)
         self._waiting.discard(pid)
         self._records.add(pid, "input", {"key": key, "message": message})
-        self._worker.program.message(self._worker, pid, message)
+        try:
+            self._worker.program.message(self._worker, pid, message)
+        except Exception as exc:  # noqa: BLE001  as above
+            self._fail(pid, exc)
 
     # ---- what the engine says ----
 

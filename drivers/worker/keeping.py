@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmos.drivers.worker.main import Worker
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """The worker is to end at this safepoint."""
 
 

@@ -28,7 +28,10 @@ class Served:
         choices=("auto", "float32", "bfloat16", "int8"),
     )
     keep_alive_s: float = arg(
-        300.0, help="keep the model loaded so long after its last use; -1: for ever", minimum=-1
+        300.0,
+        help="keep the model loaded so long after its last use; -1: for ever",
+        minimum=-1,
+        duration=True,
     )
     trust_remote_code: bool = arg(
         False, help="run code that lies in the model's folder, for this run"

@@ -127,6 +127,9 @@ class Step:
         if window:
             places = torch.arange(seen.shape[-1], device=self.device)
             seen = seen & (places >= self.lengths[:, None, None, None] - window)
+        # What lies in a block behind a text, or in one that was somebody's, may be no number.
+        places = seen[:, :, 0, :, None]
+        keys, values = keys.masked_fill(~places, 0), values.masked_fill(~places, 0)
         out.copy_(_scaled(query[:, :, None], keys, values, seen, scale, cap)[:, :, 0])
 
     def prefill(

@@ -17,7 +17,8 @@ MOST_ROWS = 256
 # nobody does.
 STEP_S, ALONE_S = 0.04, 0.5
 
-LEAST_PIECE, MOST_PIECE = 32, 2048
+# What a plan of memory counts with, too (engine/plan.py).
+LEAST_PIECE, MOST_PIECE = 32, 512
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Table:
     known: int = 0
     parent: Hashable = None
     cached: int = 0  # tokens of the text that were there already when it began
+    shares: bool = True  # its blocks become known, and may be those of others
 
     def __post_init__(self) -> None:
         self.parent = ("root", self.salt)
@@ -66,7 +67,7 @@ class Blocks:
 
         At least its last token is left to compute: the scores of the next one come from it.
         """
-        table = Table(salt)
+        table = Table(salt, shares=share)
         while share and (len(table.blocks) + 1) * self.size < len(ids):
             at = len(table.blocks) * self.size
             found = self._named.get((table.parent, tuple(ids[at : at + self.size])))
@@ -119,7 +120,7 @@ class Blocks:
 
         Where another text has made the same block before, its is used, and this one's is free.
         """
-        while (table.known + 1) * self.size <= tokens:
+        while table.shares and (table.known + 1) * self.size <= tokens:
             at = table.known * self.size
             block = table.blocks[table.known]
             name = (table.parent, tuple(ids[at : at + self.size]))
@@ -141,7 +142,9 @@ class Blocks:
         """A second text with the same beginning: it has the same blocks."""
         for block in table.blocks:
             self._use(block)
-        return Table(table.salt, list(table.blocks), table.known, table.parent, table.cached)
+        return Table(
+            table.salt, list(table.blocks), table.known, table.parent, table.cached, table.shares
+        )
 
     def release(self, table: Table) -> None:
         """The text needs its blocks no more; the known ones stay until their place is needed."""

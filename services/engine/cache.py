@@ -79,6 +79,7 @@ class GuestCache:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.past: Any = None
+        self.nbytes = 0  # of `past`
 
     def tensors(self) -> Iterator[Tensor]:
         """What it holds on the device: every tensor that can be reached from the state."""
@@ -92,6 +93,7 @@ class GuestCache:
                     past.layers[i] = GrowingLayer(layer)
         self.past = past
         self.ids.extend(ids)
+        self.nbytes = sum(t.nbytes for t in self.tensors())
 
     def rewind_to(self, wanted: list[int]) -> list[int]:
         """Go back to the longest common beginning with `wanted`; -> the ids still to be computed.

@@ -47,11 +47,14 @@ class Constraint:
         BadArgument where it makes no sense or cannot be kept to, BadInput where the model's
         tokenizer cannot be used for it.
         """
-        spec = _spec(args)
-        if spec is None:
-            return None
-        vocabulary = max(vocabulary, len(tokenizer))
-        compiled = _compiled(tokenizer, tuple(sorted(stop_ids)), vocabulary, *spec)
+        try:
+            spec = _spec(args)
+            if spec is None:
+                return None
+            vocabulary = max(vocabulary, len(tokenizer))
+            compiled = _compiled(tokenizer, tuple(sorted(stop_ids)), vocabulary, *spec)
+        except (ValueError, TypeError, RecursionError) as exc:
+            raise BadArgument(f"the form of the answer makes no sense: {exc}"[:300]) from None
         return cls(compiled.deep_copy(), vocabulary)
 
     @property

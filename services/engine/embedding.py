@@ -32,7 +32,9 @@ class EmbedSession(Served):
         for ids in inputs:
             self.check(ids, room=0)
         self.prompt_tokens = sum(map(len, inputs))
-        self.texts = [Text(i, ids) for i, ids in enumerate(inputs)]
+        # Those that an engine before this one has told are not told again.
+        told = {r.get("index") for r in self.guest.records if r["kind"] == "embedding"}
+        self.texts = [Text(i, ids) for i, ids in enumerate(inputs) if i not in told]
 
     @property
     def shares_prefix(self) -> bool:

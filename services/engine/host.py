@@ -38,6 +38,9 @@ from llmos.services.programs.chat import Chat
 from llmos.services.programs.embed import Embed
 from llmos.services.programs.infer import Infer
 
+# The scores of a prompt are told in records of so many tokens: a record has a largest size.
+TOLD_TOKENS = 4096
+
 ALL_CLASSES = 2  # the floor at which the least urgent class (idle) still gets steps
 
 
@@ -115,7 +118,12 @@ class Host:
         # Who has made room for a later one has no memory any more.
         whole = [p for p in parts if all(text.memory is not None for text in p.texts)]
         if runnable and not whole:
-            self._give_up(ctx, min(runnable, key=lambda s: s.guest.rank))
+            # Whoever it is for finds no room beside somebody more urgent, who goes first then.
+            first = min(runnable, key=lambda s: s.guest.rank)
+            alone = self._part(first, min(first.pending, batch.LEAST_PIECE))
+            if alone is not None:
+                return [alone]
+            self._give_up(ctx, first)
         return whole
 
     def _give_up(self, ctx: Context, session: Served) -> None:
@@ -143,8 +151,9 @@ class Host:
         Of several texts those at the end wait when there is not room for all.
         """
         given, texts, works = session.texts if piece == 0 else session.texts[:1], [], []
+        left = min(piece or batch.MOST_PIECE, session.most_piece)
         for text in given:
-            count = min(piece or batch.MOST_PIECE, len(text.ids) - text.computed)
+            count = min(max(1, left), len(text.ids) - text.computed)
             if not self._memories.ready(session, text, count):
                 break
             count = min(count, len(text.ids) - text.computed)
@@ -152,6 +161,7 @@ class Host:
             wanted = session.wanted(text, text.computed + count == len(text.ids))
             works.append(Work(text.memory, ids, text.computed, wanted, session.adapter))
             texts.append(text)
+            left -= count
         if not works or (session.in_step and len(texts) < len(given)):
             self._memories.forget(session)
             return None
@@ -231,13 +241,15 @@ class Host:
         assert isinstance(session, InferSession)
         ids = session.answers[0].ids
         following = ids[w.start + 1 : w.start + 1 + len(w.ids)]
+        if w.start == 0:
+            session.prompt_scores.clear()  # its memory was needed elsewhere: once more
         found = score(scores[: len(following)], following, session.args.prompt_logprobs)
         session.prompt_scores.extend(found)
         if w.start + len(w.ids) == session.prompt_tokens:
             told = [None, *(self._told(choice) for choice in session.prompt_scores)]
-            ctx.emit(
-                "prompt", pid=session.guest.pid, tokens=ids[: session.prompt_tokens], logprobs=told
-            )
+            for at in range(0, session.prompt_tokens, TOLD_TOKENS):
+                end = min(at + TOLD_TOKENS, session.prompt_tokens)
+                ctx.emit("prompt", pid=session.guest.pid, tokens=ids[at:end], logprobs=told[at:end])
 
     def _deliver(self, ctx: Context, session: Session, answer: Answer, choice: Choice) -> None:
         text = session.accept(answer, choice.token)
@@ -334,11 +346,18 @@ class Host:
                 self._adapters.release(adapter)
             raise
         self._join(session)
-        if isinstance(session, Session):
-            self._go_on(ctx, session)
-        is_here = guest.pid in self._sessions
-        if isinstance(session, ChatSession) and is_here and not session.is_answering:
-            self._next_turn(ctx, session)
+        try:
+            if isinstance(session, Session):
+                self._go_on(ctx, session)
+            is_here = guest.pid in self._sessions
+            if isinstance(session, ChatSession) and is_here and not session.is_answering:
+                self._next_turn(ctx, session)
+        except LlmosError:
+            self.drop(guest.pid)
+            raise
+        if isinstance(session, EmbedSession) and not session.texts:
+            self.drop(guest.pid)  # the engine before this one has told all of it
+            ctx.guest_done(guest.pid, Done(result=session.statistics()))
 
     def _session(self, guest: Guest, adapter: Adapter | None) -> Served:
         if guest.program == "infer":
@@ -427,9 +446,10 @@ class Host:
 
     def _finish(self, ctx: Context, session: Session, answer: Answer, finish_reason: str) -> None:
         pid = session.guest.pid
-        if isinstance(session, ChatSession):
-            session.memory, answer.memory = answer.memory, None
-            session.kept_ids = answer.ids[: answer.computed]
+        # One that was stopped before its first step has none: that of the turn before stays.
+        if isinstance(session, ChatSession) and answer.memory is not None:
+            session.memory, session.kept_ids = answer.memory, answer.ids[: answer.computed]
+            answer.memory = None
         self._memories.free(answer)
         if not session.end(answer, finish_reason):
             return

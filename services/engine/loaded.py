@@ -40,7 +40,7 @@ class Loaded:
         shape = kv_shape(model.config.get_text_config(), model.dtype)
         if shape is None:
             self.why_stateful = "its memory is no cache of keys and values"
-            return StatefulModel(model)
+            return StatefulModel(model, kv_bytes)
         before = model.config._attn_implementation
         ids = _some_ids(self.vocabulary).to(model.device)
         with torch.inference_mode():
@@ -60,7 +60,7 @@ class Loaded:
         if not self.why_stateful:
             return paged
         model.set_attn_implementation(before)
-        return StatefulModel(model)
+        return StatefulModel(model, kv_bytes)
 
     def _token_text(self, token: int) -> str:
         """The text of one token by itself, as OpenAI shows it beside log-probabilities: bytes that

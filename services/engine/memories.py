@@ -26,6 +26,8 @@ class Memories:
         """Room for the next `count` tokens of a text -> False when there is none, not even by what
         less urgent guests, and the later texts of this one, give up."""
         if text.memory is None:
+            if session.is_spilled and not self._could_fit(session, text):
+                return False  # its file is not read before there is room for what is in it
             self._start(session, text)
         count = min(count, len(text.ids) - text.computed)
         while not self._model.grow(text.memory, text.computed, text.computed + count):
@@ -86,12 +88,30 @@ class Memories:
     def _victim(self, asking: Served) -> Served | None:
         """Who makes room: who waits for his user first, else the least urgent one; never somebody
         more urgent than who asks. Who came last of equals goes first, so that somebody is done."""
-        holders = [s for s in self._everybody() if s is not asking and _holds(s)]
+        holders = self._holders(asking)
         resting = [s for s in holders if not s.runnable]
         if resting:
             return min(resting, key=lambda s: s.last_served)
-        later = [s for s in holders if s.guest.rank > asking.guest.rank]
-        return max(later, key=lambda s: s.guest.rank) if later else None
+        return max(holders, key=lambda s: s.guest.rank) if holders else None
+
+    def _could_fit(self, session: Served, text: Text) -> bool:
+        """Whether the text would fit now, or by what others would give up for it."""
+        model = self._model
+        if not isinstance(model, PagedModel):
+            return True
+        missing = len(text.ids) - model.blocks.known_tokens(text.ids, _salt(session))
+        room = model.blocks.available + sum(
+            len(held.memory.blocks)
+            for other in self._holders(session)
+            for held in (other, *other.texts)
+            if held.memory is not None
+        )
+        return -(-missing // model.blocks.size) <= room
+
+    def _holders(self, asking: Served) -> list[Served]:
+        """Who has memory that he would give up for another: who rests, and who is less urgent."""
+        others = [s for s in self._everybody() if s is not asking and _holds(s)]
+        return [s for s in others if not s.runnable or s.guest.rank > asking.guest.rank]
 
     def _write(self, session: Served, memory: Any, ids: list[int]) -> bool:
         model, folder = self._model, session.guest.folder

@@ -206,10 +206,11 @@ class PagedModel:
 class StatefulModel:
     """Each text by itself, with the state that the model returns."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, most_bytes: int) -> None:
         self.model = model
         self.routing: Routing = no_routing
         self.device = model.device
+        self._most_bytes = most_bytes
         self._states: list[GuestCache] = []
         takes = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
@@ -224,7 +225,10 @@ class StatefulModel:
         return state, len(ids) - len(rest)
 
     def grow(self, memory: GuestCache, start: int, tokens: int) -> bool:
-        return True
+        """A state's size is known when it is there: above the limit nobody gets another token until
+        somebody has let his go, but for one."""
+        used = sum(state.nbytes for state in self._states)
+        return used <= self._most_bytes or all(s is memory or not s.nbytes for s in self._states)
 
     def done(self, memory: GuestCache, ids: Sequence[int], tokens: int) -> None:
         pass
@@ -236,7 +240,7 @@ class StatefulModel:
 
     def release(self, memory: GuestCache) -> None:
         self._states = [state for state in self._states if state is not memory]
-        memory.past = None
+        memory.past, memory.nbytes = None, 0
         memory.ids.clear()
 
     def forward(self, work: Sequence[Work]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from llmos.services.engine.batch import MOST_PIECE
 from llmos.services.engine.cache import GuestCache
 from llmos.services.engine.pool import BLOCK_TOKENS, KvShape
 from llmos.services.engine.weights import kind_and_dtype
@@ -36,7 +37,7 @@ LONGEST_PLANNED = 32768
 CONTEXT_BYTES = 20 << 20
 
 # Of a prompt, one piece is computed at a time.
-PREFILL_TOKENS = 512
+PREFILL_TOKENS = MOST_PIECE
 
 
 def plan_engine(model: str, dtype: str, kv_bytes: int = 0) -> Footprint:

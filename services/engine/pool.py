@@ -48,7 +48,7 @@ class Pool:
             flat = torch.frombuffer(self._map, dtype=shape.dtype)
             self.data = flat[: count * shape.block_bytes // shape.dtype.itemsize].view(size)
         else:
-            self.data = torch.empty(size, dtype=shape.dtype, device=device)
+            self.data = torch.zeros(size, dtype=shape.dtype, device=device)
         self._on_cpu = device == "cpu"
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def _take(session: ChatSession, message: dict[str, Any]) -> bool:
         case {"set": dict(values)}:
             with contextlib.suppress(BadArgument):  # its user has been told
                 session.change(values)
-        case {"history": list(messages)}:
+        case {"history": list(messages)} if not session.is_answering:
             with contextlib.suppress(BadArgument):
                 session.remember(messages)
     return False

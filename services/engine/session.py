@@ -16,12 +16,16 @@ from typing import Any
 from jinja2 import TemplateError
 
 from llmos.kernel.errors import BadArgument, BadInput
+from llmos.services.engine.batch import MOST_PIECE
 from llmos.services.engine.constrain import Constraint
 from llmos.services.engine.loaded import Loaded
 from llmos.services.engine.model import ALL, LAST, NOTHING
 from llmos.services.engine.sampling import Choice, Sampler
 from llmos.services.engine.text import StopStrings, TextStream
 from llmos.services.programs.base import Guest
+
+# Of a prompt whose every token's scores are wanted.
+SCORED_PIECE = 64
 
 
 @dataclass
@@ -107,6 +111,11 @@ class Served:
     def shares_prefix(self) -> bool:
         """Whether it may use what others have computed."""
         return not self.exact
+
+    @property
+    def most_piece(self) -> int:
+        """Tokens of a prompt that it has in one step at most."""
+        return MOST_PIECE
 
     def wanted(self, text: Any, last: bool) -> str:
         """Which scores a piece of a text is computed for; `last`: the next token's come with it."""
@@ -295,6 +304,11 @@ class InferSession(Session):
     def numbered(self) -> bool:
         return bool(self.args.n > 1)
 
+    @property
+    def most_piece(self) -> int:
+        # The scores of each of its tokens are in memory at once.
+        return MOST_PIECE if self.args.prompt_logprobs is None else SCORED_PIECE
+
     def wanted(self, text: Any, last: bool) -> str:
         if self.args.prompt_logprobs is not None and not self.prompt_is_told and not text.tokens:
             return ALL
@@ -363,14 +377,14 @@ class ChatSession(Session):
     def start_turn(self, prompt: str) -> None:
         """Begin the answer to a user's turn. Raises BadInput; the turn then never was."""
         if not self.chat_template:
-            self.begin(self._extend_running(prompt))
-            return
-        self.history.append({"role": "user", "content": prompt})
-        try:
-            self.begin(self._fit_history())
-        except BadInput:
-            self.history.pop()
-            raise
+            ids, forgotten = self._extend_running(prompt)
+            self.begin(ids)
+        else:
+            said = [*self.history, {"role": "user", "content": prompt}]
+            ids, kept = self._fit(said)
+            self.begin(ids)
+            self.history, forgotten = kept, len(kept) < len(said)
+        self.has_forgotten = forgotten
 
     def sampler(self, index: int, ids: list[int]) -> Sampler:
         made = super().sampler(index, ids)
@@ -412,28 +426,27 @@ class ChatSession(Session):
             if self._sampler is not None:
                 self._sampler.reseed(args.seed)
 
-    def _fit_history(self) -> list[int]:
-        """The conversation as ids; its oldest turns go when it has outgrown the context."""
+    def _fit(self, history: list[dict[str, Any]]) -> tuple[list[int], list[dict[str, Any]]]:
+        """A conversation as ids, and what is left of it: its oldest turns go when it has outgrown
+        the context."""
         system = [{"role": "system", "content": self.args.system}] if self.args.system else []
-        ids = self.render(system + self.history)
-        self.has_forgotten = False
-        while not self._fits(ids) and len(self.history) > 2:
-            del self.history[:2]
-            self.has_forgotten = True
-            ids = self.render(system + self.history)
-        return ids
+        ids = self.render(system + history)
+        while not self._fits(ids) and len(history) > 2:
+            history = history[2:]
+            ids = self.render(system + history)
+        return ids, history
 
-    def _extend_running(self, prompt: str) -> list[int]:
-        """The running text and the new part; its older half goes when the context is full."""
+    def _extend_running(self, prompt: str) -> tuple[list[int], bool]:
+        """The running text and the new part; its older half goes when the context is full -> the
+        ids, and whether something went."""
         first = not self._running
         lead = f"{self.args.system}\n" if first and self.args.system else ""
         new = self.encode(lead + prompt, special=first)
         limit = self.loaded.context_tokens
-        self.has_forgotten = False
-        if limit is not None and self._running and not self._fits(self._running + new):
-            self.has_forgotten = True
-            self._running = self._running[-max(1, limit // 2 - len(new)) :]
-        return self._running + new
+        running, forgotten = self._running, False
+        if limit is not None and running and not self._fits(running + new):
+            running, forgotten = running[-max(1, limit // 2 - len(new)) :], True
+        return running + new, forgotten
 
     def _fits(self, ids: list[int]) -> bool:
         """Is there room for an answer: what was asked for, or a quarter of the context?"""

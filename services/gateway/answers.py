@@ -40,7 +40,9 @@ class Gathered:
     def add(self, record: Record) -> Answer | None:
         """Take a record -> the answer that it belongs to; None for what is no part of one."""
         if record["kind"] == "prompt":
-            self.prompt = record
+            # A long prompt is told in several.
+            before = self.prompt or {"tokens": [], "logprobs": []}
+            self.prompt = {key: [*before[key], *record[key]] for key in ("tokens", "logprobs")}
         if record["kind"] != "text":
             return None
         answer = self.answers[int(record.get("index") or 0)]

@@ -47,6 +47,7 @@ class Engine(Program):
             help="keep the model loaded so long after its last use; -1: for ever",
             minimum=-1,
             shape=False,
+            duration=True,
         )
         trust_remote_code: bool = arg(
             False, help="run code that lies in the model's folder, for this run"

@@ -34,7 +34,7 @@ def test_who_decodes_gets_a_token_and_a_prompt_a_piece() -> None:
 
 
 def test_without_anybody_waiting_a_prompt_gets_a_large_piece() -> None:
-    assert pieces(plan([prompt(2, 5000)], slow())) == {2: 1250}
+    assert pieces(plan([prompt(2, 5000)], slow())) == {2: batch.MOST_PIECE}
 
 
 def test_the_oldest_prompt_gets_half_and_the_shortest_the_rest() -> None:
