@@ -11,6 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from llmos.services.engine.native.weights import MOST_RANK, Kernels, Stack, Stacks, kernels
+
+# What the kernels of `native` compute with.
+NATIVE_TYPES = (torch.float32, torch.bfloat16)
+
 # A full bank grows by this part of itself: what is copied each time stays small beside what is
 # loaded, and so does what nobody uses.
 GROWTH = 4
@@ -41,10 +46,36 @@ class Bank:
             n: torch.empty(0, rank, outputs, dtype=dtype, device=device)
             for n, (_, outputs) in sizes.items()
         }
+        # What computes with it where that is possible; else torch does.
+        self.kernels: Kernels | None = None
+        if device.type == "cpu" and rank <= MOST_RANK and dtype in NATIVE_TYPES:
+            self.kernels = kernels()
+        self._pointers: dict[str, Stack] = {}
+        self._groups: dict[tuple[str, ...], Stacks] = {}
         self.used = 0  # slots 0..used-1 have an adapter
         self.slot_bytes = dtype.itemsize * rank * sum(i + o for i, o in sizes.values())
         self._room = 0
         self._wasted = 0
+
+    def stack(self, name: str) -> Stack:
+        """One layer's, for the kernels; holds while the bank does not grow."""
+        if name not in self._pointers:
+            self._pointers[name] = self._stack(name)
+        return self._pointers[name]
+
+    def stacks(self, names: tuple[str, ...]) -> Stacks | None:
+        """The same for the layers of `names`; None when none of them is changed."""
+        if not any(name in self.a for name in names):
+            return None
+        if names not in self._groups:
+            self._groups[names] = Stacks(*(self._stack(name) for name in names))
+        return self._groups[names]
+
+    def _stack(self, name: str) -> Stack:
+        if name not in self.a:
+            return Stack()
+        a, b = self.a[name], self.b[name]
+        return Stack(a.data_ptr(), b.data_ptr(), self.rank, a.shape[2], b.shape[2])
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.a.values()
@@ -117,3 +148,5 @@ class Bank:
                 stacks[name] = new
                 del old, new
         self._room = room
+        self._pointers.clear()
+        self._groups.clear()

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from llmos.kernel.errors import BadInput
 from llmos.services.engine import adapter_files
-from llmos.services.engine.adapter_bank import Bank
+from llmos.services.engine.adapter_bank import NATIVE_TYPES, Bank
 from llmos.services.engine.adapter_files import Skeleton
 from llmos.services.engine.adapter_row import Row
+from llmos.services.engine.native.weights import kernels
 from llmos.services.model.load import give_back
 
 # Adapters that nobody uses stay loaded up to so many bytes.
@@ -62,8 +63,10 @@ class Adapters:
     def __init__(self, model: Any, dtype: torch.dtype, limit_bytes: int = IDLE_BYTES) -> None:
         self._model = model
         self._device: torch.device = model.device
-        # A CPU multiplies small matrices faster in float32, with whatever it is told to convert.
-        self._dtype = torch.float32 if self._device.type == "cpu" else dtype
+        self._dtype = dtype
+        if self._device.type == "cpu" and not (kernels() and dtype in NATIVE_TYPES):
+            # Torch multiplies small matrices faster in float32, with all that is to be converted.
+            self._dtype = torch.float32
         self._limit_bytes = limit_bytes
         self._skeleton: Skeleton | None = None
         self._banks: dict[tuple[int, tuple[str, ...]], Bank] = {}
@@ -181,12 +184,13 @@ class Adapters:
                 ) from None
         for name, module in found.items():
             module.forward = partial(self._forward, name, module.forward)
-            # For who computes several layers at once: whether this one may be among them now.
-            module.adds_nothing = partial(self._adds_nothing, name)
+            module.adapting = self  # for who computes several layers at once
             self._wrapped.add(name)
 
-    def _adds_nothing(self, name: str) -> bool:
-        return self._row is None or not self._row.changes(name)
+    def adapted(self, names: tuple[str, ...], tokens: int) -> int | None:
+        """What `native` is to add for the row that is computed, in a decoder's layer whose linear
+        layers have these names: an address, 0 for nothing; None where it cannot."""
+        return 0 if self._row is None else self._row.fused(names, tokens)
 
     def _forward(self, name: str, base: Any, values: Tensor, *args: Any, **more: Any) -> Tensor:
         out: Tensor = base(values, *args, **more)

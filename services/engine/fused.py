@@ -7,7 +7,8 @@ transformers does. Sums are rounded to the model's type where they leave a call,
 than it was.
 
 The modules inside stay, and are used one by one where somebody has put another in the place of one
-of them, or something around it (an adapter).
+of them, or something around it. Adapters (`adapting` beside the `forward` that they put there) are
+asked what they add, and the kernels do it.
 """
 # ruff: noqa: TID253  (imported by the engine inside a worker only)
 
@@ -40,9 +41,10 @@ def fuse(model: Any) -> int:
     if config.model_type not in FUSED_TYPES or config.hidden_act != "silu":
         return 0
     count, turns = 0, Turns()
+    names = {module: name for name, module in model.named_modules()}
     for layer in model.base_model.layers:
         if _is_whole(layer):
-            layer.forward = MethodType(FusedLayer(layer, config, turns), layer)
+            layer.forward = MethodType(FusedLayer(layer, config, turns, names), layer)
             count += 1
     return count
 
@@ -66,7 +68,7 @@ class Turns:
 class FusedLayer:
     """The forward of one decoder layer."""
 
-    def __init__(self, layer: Any, config: Any, turns: Turns) -> None:
+    def __init__(self, layer: Any, config: Any, turns: Turns, names: dict[Any, str]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._unfused: Callable[..., Tensor] = layer.forward
         self._attention, self._config = attention, config
@@ -84,6 +86,7 @@ class FusedLayer:
             for holder, names in ((attention, _PROJECTIONS), (mlp, _INNER))
             for name in names
         ]
+        self._names = tuple(names[part] for _, _, part in self._parts)
         norms = layer.input_layernorm, layer.post_attention_layernorm
         heads = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self._dtype = norms[0].weight.dtype
@@ -114,7 +117,8 @@ class FusedLayer:
         other = hidden_states.dtype != self._dtype or (
             turns is not None and turns[0].shape[-1] != self._dim
         )
-        if other or not self._is_plain():
+        adapted = None if other else self._adapted(hidden_states.shape[:-1].numel())
+        if adapted is None:
             return self._unfused(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -124,7 +128,7 @@ class FusedLayer:
             )
         values = hidden_states.contiguous()
         half, threads = values.dtype == torch.bfloat16, torch.get_num_threads()
-        q, k, v = self._before(values, turns, half, threads)
+        q, k, v = self._before(values, turns, adapted, half, threads)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self._attention.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -144,6 +148,7 @@ class FusedLayer:
         out = torch.empty_like(values)
         self._kernels.after(
             self._at,
+            adapted,
             attended.data_ptr(),
             values.data_ptr(),
             out.data_ptr(),
@@ -154,7 +159,12 @@ class FusedLayer:
         return out
 
     def _before(
-        self, values: Tensor, turns: tuple[Tensor, Tensor] | None, half: bool, threads: int
+        self,
+        values: Tensor,
+        turns: tuple[Tensor, Tensor] | None,
+        adapted: int,
+        half: bool,
+        threads: int,
     ) -> list[Tensor]:
         """Tokens (batch, tokens, width) -> queries, keys, values (batch, heads, tokens, dim)."""
         batch, tokens, _ = values.shape
@@ -165,6 +175,7 @@ class FusedLayer:
         parts = [None, None] if turns is None else self._turns.made(turns, values)
         self._kernels.before(
             self._at,
+            adapted,
             values.data_ptr(),
             *(None if part is None else part.data_ptr() for part in parts),
             *(part.data_ptr() for part in made),
@@ -174,23 +185,21 @@ class FusedLayer:
         )
         return [part.transpose(1, 2) for part in made]
 
-    def _is_plain(self) -> bool:
-        """Whether the modules inside are those that were fused, and do now what they did then."""
-        return all(
-            holder._modules[name] is part and _is_untouched(part)
-            for holder, name, part in self._parts
-        )
+    def _adapted(self, tokens: int) -> int | None:
+        """Where the kernels find what adapters add for the row that is computed; 0: nothing is.
 
-
-def _is_untouched(part: Any) -> bool:
-    """Whether nobody has put something around a module. Who has put a `forward` of his own there
-    can say that it changes nothing for the moment, by a function `adds_nothing` beside it."""
-    if part._forward_hooks or part._forward_pre_hooks:
-        return False
-    if "forward" not in part.__dict__:
-        return True
-    adds_nothing = part.__dict__.get("adds_nothing")
-    return adds_nothing is not None and bool(adds_nothing())
+        None: the modules inside are not those that were fused, or do not do what they did then.
+        """
+        adapting = None
+        for holder, name, part in self._parts:
+            if holder._modules[name] is not part or part._forward_hooks or part._forward_pre_hooks:
+                return None
+            if "forward" in part.__dict__:
+                adapting = part.__dict__.get("adapting")
+                if adapting is None:
+                    return None
+        found: int | None = 0 if adapting is None else adapting.adapted(self._names, tokens)
+        return found
 
 
 def _is_whole(layer: Any) -> bool:

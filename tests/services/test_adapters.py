@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,10 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmos.kernel.errors import BadInput
+from llmos.services.engine import weights
 from llmos.services.engine.adapter_bank import Bank
 from llmos.services.engine.adapter_plan import arrange, waste
 from llmos.services.engine.adapters import Adapter, Adapters
 from llmos.services.engine.layout import lay_out
+from llmos.services.engine.native import weights as native
+from llmos.services.engine.panels import PanelLinear
 from llmos.services.model.load import load_causal_lm
 from support.adapters import make_adapter, peft_model, write_with_peft
 from support.small_models import VOCABULARY, make_gpt2, make_llama
@@ -62,8 +66,25 @@ def folders(llama: Path, gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -
     }
 
 
-def loaded(base: Path, dtype: str = "float32", **more: Any) -> tuple[Any, Adapters]:
-    model = load_causal_lm(base, dtype).requires_grad_(False)
+@pytest.fixture(params=["torch", "native", "fused"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By what adapters are computed: torch, a kernel for each layer, or with the base's layers."""
+    found: str = request.param
+    if found == "torch":
+        monkeypatch.setattr("llmos.services.engine.adapter_bank.kernels", lambda: None)
+        monkeypatch.setattr("llmos.services.engine.adapters.kernels", lambda: None)
+    elif native.kernels() is None:
+        pytest.skip(f"no kernels here: {native.why_not()}")
+    return found
+
+
+def loaded(
+    base: Path, dtype: str = "float32", way: str = "native", **more: Any
+) -> tuple[Any, Adapters]:
+    if way == "fused":
+        model = weights.load(str(base), dtype, "cpu")
+    else:
+        model = load_causal_lm(base, dtype).requires_grad_(False)
     return model, Adapters(model, model.dtype, **more)
 
 
@@ -99,10 +120,10 @@ def alone(model: Any, ids: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_row_of_many_adapters_gives_what_peft_gives_for_each(
-    kind: str, folders: dict[str, Path], request: pytest.FixtureRequest
+    kind: str, way: str, folders: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     base: Path = request.getfixturevalue(kind)
-    model, adapters = loaded(base)
+    model, adapters = loaded(base, way=way)
     named = {form: adapters.load(str(folders[f"{kind}/{form}"])) for form in FORMS}
     # Decoding guests, pieces of prompts, two guests of one adapter, and the base in between.
     order = [*FORMS, None, "all", "wide", None, "names", "all"]
@@ -117,10 +138,10 @@ def test_a_row_of_many_adapters_gives_what_peft_gives_for_each(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_greedy_tokens_are_those_of_peft(
-    kind: str, folders: dict[str, Path], request: pytest.FixtureRequest
+    kind: str, way: str, folders: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
     base: Path = request.getfixturevalue(kind)
-    model, adapters = loaded(base)
+    model, adapters = loaded(base, way=way)
     forms = ["all", "wide", "patterns", "regex"]
     texts = [
         (adapters.load(str(folders[f"{kind}/{form}"])), some_ids(n, n))
@@ -140,9 +161,9 @@ def test_greedy_tokens_are_those_of_peft(
 
 
 def test_the_base_computes_its_own_tokens_to_the_same_bits(
-    llama: Path, folders: dict[str, Path]
+    way: str, llama: Path, folders: dict[str, Path]
 ) -> None:
-    model, adapters = loaded(llama)
+    model, adapters = loaded(llama, way=way)
     ids = [some_ids(n, n) for n in (4, 1, 6)]
     before = packed(model, adapters, [(None, one) for one in ids])
     adapter = adapters.load(str(folders["llama/all"]))
@@ -152,10 +173,12 @@ def test_the_base_computes_its_own_tokens_to_the_same_bits(
     assert not torch.equal(after[1], before[1])
 
 
-def test_an_adapter_that_overflows_spoils_its_own_tokens_only(llama: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_overflows_spoils_its_own_tokens_only(
+    way: str, llama: Path, tmp_path: Path
+) -> None:
     good = make_adapter(llama, tmp_path / "good", seed=1)
     bad = make_adapter(llama, tmp_path / "bad", scale=1e20, lora_alpha=1e30)
-    model, adapters = loaded(llama)
+    model, adapters = loaded(llama, way=way)
     a, b = adapters.load(str(good)), adapters.load(str(bad))
     layer, row = model.model.layers[0].mlp.gate_proj, torch.randn(1, 5, 32)
     with adapters.routing([(a, 1), (b, 2), (None, 1), (a, 1)]):
@@ -163,16 +186,113 @@ def test_an_adapter_that_overflows_spoils_its_own_tokens_only(llama: Path, tmp_p
     assert found.tolist() == [False, True, True, False, False]
 
 
-def test_layers_in_a_layout_of_the_engine_take_adapters_too(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_weights_as_an_engine_has_them_take_adapters(
+    dtype: str, llama: Path, tmp_path: Path
+) -> None:
+    kernels = native.kernels()
+    if kernels is None or dtype not in kernels.kinds:
+        pytest.skip(f"{dtype} is not multiplied here: {native.why_not()}")
+    folder = make_adapter(llama, tmp_path / "a", rank=6, seed=3, scale=0.3)
+    model, adapters = loaded(llama, dtype, way="fused")
+    adapter = adapters.load(str(folder))
+    ids = some_ids(70, 1)
+    (found,) = packed(model, adapters, [(adapter, ids)])
+    expected = alone(peft_model(llama, folder), ids)
+    off = float((found.float() - expected).norm() / expected.norm())
+    assert off < {"float32": 1e-5, "bfloat16": 3e-2, "int8": 5e-2}[dtype]
+    held = next(adapters.tensors()).dtype
+    assert held == model.dtype
+
+
+def test_a_long_row_of_pieces_and_threads_is_computed_as_short_ones_are(
+    way: str, tmp_path: Path
+) -> None:
+    base = make_llama(tmp_path / "base", hidden_size=40, intermediate_size=72, head_dim=12)
+    model, adapters = loaded(base, way=way)
+    folders = [make_adapter(base, tmp_path / str(n), rank=3 + n, seed=n) for n in range(3)]
+    some = [adapters.load(str(folder)) for folder in folders]
+    texts = [(some[n % 3] if n % 4 else None, some_ids(90 - n, n)) for n in range(9)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = packed(model, adapters, texts)
+    finally:
+        torch.set_num_threads(before)
+    plain = load_causal_lm(base, "float32")
+    for (adapter, ids), scores in zip(texts, found, strict=True):
+        reference = peft_model(base, Path(adapter.folder)) if adapter else plain
+        torch.testing.assert_close(scores, alone(reference, ids), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_adds_for_any_shape(dtype: torch.dtype) -> None:
+    kernels = native.kernels()
+    if kernels is None:
+        pytest.skip(f"no kernels here: {native.why_not()}")
+    torch.manual_seed(0)
+    for rank, inputs, outputs in [(1, 1, 1), (3, 7, 33), (5, 130, 17), (16, 64, 96), (9, 31, 70)]:
+        a = torch.randn(4, rank, inputs).to(dtype)
+        b = torch.randn(4, rank, outputs).to(dtype)
+        slots = torch.tensor([3, -1, 0, 3, 2], dtype=torch.int32)
+        rows = torch.randn(5, inputs + 3).to(dtype)[:, :inputs]
+        whole = torch.randn(5, outputs + 5).to(dtype)
+        expected = whole.double()
+        for row, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                small = rows[row].double() @ a[slot].double().t()
+                expected[row, :outputs] += small @ b[slot].double()
+        stack = native.Stack(a.data_ptr(), b.data_ptr(), rank, inputs, outputs)
+        kernels.adapt(
+            ctypes.addressof(stack), slots.data_ptr(), rows.data_ptr(), rows.stride(0),
+            whole.data_ptr(), whole.stride(0), 5, dtype == torch.bfloat16, 2,
+        )  # fmt: skip
+        rounding = 1e-5 if dtype == torch.float32 else 8e-3
+        torch.testing.assert_close(whole.double(), expected, rtol=rounding, atol=10 * rounding)
+
+
+def test_the_layout_of_torch_takes_adapters(llama: Path, tmp_path: Path) -> None:
     folder = make_adapter(llama, tmp_path / "a", rank=4, seed=3, scale=0.3)
-    for dtype in ("float32", "bfloat16"):
-        model, adapters = loaded(llama, dtype)
-        lay_out(model)
-        ids = some_ids(9, 1)
-        (found,) = packed(model, adapters, [(adapters.load(str(folder)), ids)])
-        expected = alone(peft_model(llama, folder, model.dtype), ids)
-        off = float((found.float() - expected.float()).norm() / expected.float().norm())
-        assert off < (1e-5 if dtype == "float32" else 5e-2)
+    model, adapters = loaded(llama, "bfloat16")
+    lay_out(model)
+    ids = some_ids(9, 1)
+    (found,) = packed(model, adapters, [(adapters.load(str(folder)), ids)])
+    expected = alone(peft_model(llama, folder), ids)
+    assert float((found.float() - expected).norm() / expected.norm()) < 3e-2
+
+
+def test_layers_stay_fused_with_adapters_and_without(
+    llama: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.kernels() is None:
+        pytest.skip(f"no kernels here: {native.why_not()}")
+    model, adapters = loaded(llama, way="fused")
+    adapter = adapters.load(str(folders["llama/names"]))
+    wide = adapters.load(str(make_adapter(llama, folders["llama/names"].parent / "w", rank=600)))
+
+    def calls(texts: list[tuple[Adapter | None, list[int]]]) -> int:
+        count = 0
+        forward = PanelLinear.forward
+
+        def counted(self: PanelLinear, values: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return forward(self, values)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(PanelLinear, "forward", counted)
+            packed(model, adapters, texts)
+        return count - 1  # the scores
+
+    assert calls([(None, [1, 2])]) == 0
+    assert calls([(None, [1, 2]), (adapter, [3])]) == 0
+    before = len(adapters._rows)
+    # More rank than the kernels have room for: torch adds it, layer by layer.
+    ids = some_ids(5, 3)
+    (found,) = packed(model, adapters, [(wide, ids)])
+    assert len(adapters._rows) == before + 1
+    expected = alone(peft_model(llama, Path(wide.folder)), ids)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_a_model_without_adapters_is_not_touched(llama: Path, folders: dict[str, Path]) -> None:
@@ -183,11 +303,11 @@ def test_a_model_without_adapters_is_not_touched(llama: Path, folders: dict[str,
     q, k = model.model.layers[0].self_attn.q_proj, model.model.layers[0].self_attn.k_proj
     assert "forward" in vars(q)
     assert "forward" not in vars(k), "none of its adapters changes it"
-    assert q.adds_nothing()
-    with adapters.routing([(adapter, 3)]):
-        assert not q.adds_nothing()
-    with adapters.routing([(None, 3)]):
-        assert q.adds_nothing()
+    ids = some_ids(3, 1)
+    plain = alone(load_causal_lm(llama, "float32"), ids)
+    assert torch.equal(alone(model, ids), plain)
+    (other,) = packed(model, adapters, [(adapter, ids)])
+    assert not torch.equal(other, plain)
 
 
 def test_a_layer_that_does_not_get_the_row_is_an_error(
@@ -264,7 +384,10 @@ def test_slots_far_apart_are_brought_together_once_that_pays() -> None:
     assert bank.regroup([now[slot] for slot in used], 0) == {}
 
 
-def test_regrouped_adapters_compute_what_they_did(llama: Path, tmp_path: Path) -> None:
+def test_regrouped_adapters_compute_what_they_did(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmos.services.engine.adapter_bank.kernels", lambda: None)
     model, adapters = loaded(llama)
     many = [adapters.load(str(make_adapter(llama, tmp_path / str(n), seed=n))) for n in range(18)]
     texts = [(many[n], some_ids(1, n)) for n in (1, 9, 17)]

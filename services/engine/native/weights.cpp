@@ -25,6 +25,7 @@
 #endif
 
 #include "avx512.h"
+#include "lora.h"
 
 enum Kind { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
@@ -54,6 +55,7 @@ namespace {
 constexpr int64_t PANEL = 32;        // outputs
 constexpr int64_t LINE = 128;        // bytes
 constexpr int MOST_ROWS = 6;         // tokens whose sums with two panels are in registers at once
+constexpr int64_t WORTH_SHARING = 1 << 17;  // numbers of adapters that two threads read faster
 constexpr int64_t NEAR = 512 << 10;  // bytes of tokens that stay in a core's second cache
 
 // ---- numbers ----
@@ -300,9 +302,16 @@ void product(const Target<Y>* targets, int count, const Tokens& x, int64_t rows)
     }
 }
 
+// What adapters add to gate and up, before they meet: (rows, 2, n), and for which rows.
+struct Added {
+    float* sums;
+    bool* is_there;
+};
+
 // y = silu(x gate) * (x up)
 template <typename T>
-void gated(const Matrix& gate, const Matrix& up, const Tokens& x, int64_t rows, T* y) {
+void gated(const Matrix& gate, const Matrix& up, const Tokens& x, int64_t rows, const Added& added,
+           T* y) {
     const Split part = split(panels_of(gate), rows);
     for (int64_t at = part.panels.from; at < part.panels.to; ++at) {
         const Panel panels[2] = {panel_of(gate, at), panel_of(up, at)};
@@ -311,8 +320,13 @@ void gated(const Matrix& gate, const Matrix& up, const Tokens& x, int64_t rows, 
                 const int64_t first = at * PANEL + half * 16;
                 const __mmask16 m = mask(gate.n - first);
                 for (int64_t r = 0; r < many; ++r) {
-                    const __m512 g = biased<T>(gate, first, m, tile[r][half]);
-                    const __m512 u = biased<T>(up, first, m, tile[r][2 + half]);
+                    __m512 g = biased<T>(gate, first, m, tile[r][half]);
+                    __m512 u = biased<T>(up, first, m, tile[r][2 + half]);
+                    if (added.is_there && added.is_there[row + r]) {
+                        const float* sums = added.sums + (row + r) * 2 * gate.n + first;
+                        g = _mm512_add_ps(g, load(sums, m));
+                        u = _mm512_add_ps(u, load(sums + gate.n, m));
+                    }
                     store(y + (row + r) * gate.n + first, _mm512_mul_ps(silu(g), u), m);
                 }
             }
@@ -421,8 +435,8 @@ int64_t block_rows(int64_t rows, int64_t widest) {
 }
 
 template <typename T>
-void before(const Layer& layer, const T* x, const T* cos, const T* sin, T* q, T* k, T* v,
-            int64_t rows, int threads) {
+void before(const Layer& layer, const Adapted* adapted, const T* x, const T* cos, const T* sin,
+            T* q, T* k, T* v, int64_t rows, int threads) {
     const int64_t width = layer.q.k, most = block_rows(rows, width);
     uint8_t* memory = room(most * width * sizeof(T) + 64 + Bytes::size(most, width));
     T* norms = reinterpret_cast<T*>(memory);
@@ -444,6 +458,10 @@ void before(const Layer& layer, const T* x, const T* cos, const T* sin, T* q, T*
         product<T>(targets, 3, tokens, count);
 #pragma omp barrier
         for (int64_t r = from + mine.from; r < from + mine.to; ++r) {
+            const T* token = norms + (r - from) * width;
+            adapt_all(adapted, &Stacks::q, r, token, q + r * layer.q.n);
+            adapt_all(adapted, &Stacks::k, r, token, k + r * layer.k.n);
+            adapt_all(adapted, &Stacks::v, r, token, v + r * layer.v.n);
             heads(layer, layer.q_norm, q, cos, sin, layer.q.n, r);
             heads(layer, layer.k_norm, k, cos, sin, layer.k.n, r);
         }
@@ -451,15 +469,22 @@ void before(const Layer& layer, const T* x, const T* cos, const T* sin, T* q, T*
 }
 
 template <typename T>
-void after(const Layer& layer, const T* attended, const T* x, T* y, int64_t rows, int threads) {
+void after(const Layer& layer, const Adapted* adapted, const T* attended, const T* x, T* y,
+           int64_t rows, int threads) {
     const int64_t width = layer.o.n, inner = layer.gate.n;
     const int64_t widest = std::max({width, inner, layer.o.k}), most = block_rows(rows, widest);
     const int64_t wide = (most * width * sizeof(T) + 63) / 64 * 64;
     const int64_t long_ = (most * inner * sizeof(T) + 63) / 64 * 64;
-    uint8_t* memory = room(wide + long_ + Bytes::size(most, widest));
+    const int64_t adding = adapted ? most * (2 * inner * 4 + 1) + 63 : 0;
+    uint8_t* memory = room(wide + long_ + adding / 64 * 64 + Bytes::size(most, widest));
     T* norms = reinterpret_cast<T*>(memory);
     T* gates = reinterpret_cast<T*>(memory + wide);
-    const Bytes bytes(layer.o, memory + wide + long_, most, widest);
+    Added added = {nullptr, nullptr};
+    if (adapted) {
+        added.sums = reinterpret_cast<float*>(memory + wide + long_);
+        added.is_there = reinterpret_cast<bool*>(added.sums + most * 2 * inner);
+    }
+    const Bytes bytes(layer.o, memory + wide + long_ + adding / 64 * 64, most, widest);
 #pragma omp parallel num_threads(threads)
     for (int64_t from = 0; from < rows; from += most) {
         const int64_t count = std::min(most, rows - from);
@@ -469,17 +494,30 @@ void after(const Layer& layer, const T* attended, const T* x, T* y, int64_t rows
         const Target<T> first = {&layer.o, out, x + from * width, width};
         product<T>(&first, 1, tokens, count);
 #pragma omp barrier
-        for (int64_t r = mine.from; r < mine.to; ++r)
-            normed(out + r * width, layer.post_norm, layer.epsilon, width,
-                   norms + r * width);
+        for (int64_t r = mine.from; r < mine.to; ++r) {
+            T *row = out + r * width, *norm = norms + r * width;
+            adapt_all(adapted, &Stacks::o, from + r, attended + (from + r) * layer.o.k, row);
+            normed(row, layer.post_norm, layer.epsilon, width, norm);
+            if (!adapted) continue;
+            float* sums = added.sums + r * 2 * inner;
+            std::memset(sums, 0, 2 * inner * 4);
+            const bool gate = adapt_all(adapted, &Stacks::gate, from + r, norm, sums);
+            const bool up = adapt_all(adapted, &Stacks::up, from + r, norm, sums + inner);
+            added.is_there[r] = gate || up;
+        }
 #pragma omp barrier
         tokens = bytes.of(layer.gate, norms, count);
-        gated(layer.gate, layer.up, tokens, count, gates);
+        gated(layer.gate, layer.up, tokens, count, added, gates);
 #pragma omp barrier
         tokens = bytes.of(layer.down, gates, count);
         const Target<T> second = {&layer.down, out, out, width};
         product<T>(&second, 1, tokens, count);
 #pragma omp barrier
+        for (int64_t r = mine.from; r < mine.to; ++r)
+            adapt_all(adapted, &Stacks::down, from + r, gates + r * inner, out + r * width);
+        if (adapted) {
+#pragma omp barrier
+        }
     }
 }
 
@@ -527,6 +565,7 @@ int64_t llmos_kinds() {
 #endif
 }
 int64_t llmos_layer_bytes() { return sizeof(Layer); }
+int64_t llmos_stacks_bytes() { return sizeof(Stacks); }
 
 // Tokens are float32 or bfloat16 (`half`), contiguous rows. `wide`: the result is float32.
 void llmos_linear(const Matrix* w, const void* x, void* y, int64_t rows, int half, int wide,
@@ -540,27 +579,46 @@ void llmos_linear(const Matrix* w, const void* x, void* y, int64_t rows, int hal
 }
 
 // From the input of a layer to queries, keys and values, turned to their positions (cos null: not).
-void llmos_before(const Layer* layer, const void* x, const void* cos, const void* sin, void* q,
-                  void* k, void* v, int64_t rows, int half, int threads) {
+// `adapted` (or null) is for the tokens of the row.
+void llmos_before(const Layer* layer, const Adapted* adapted, const void* x, const void* cos,
+                  const void* sin, void* q, void* k, void* v, int64_t rows, int half,
+                  int threads) {
     if (half)
-        before(*layer, static_cast<const bf16*>(x), static_cast<const bf16*>(cos),
+        before(*layer, adapted, static_cast<const bf16*>(x), static_cast<const bf16*>(cos),
                static_cast<const bf16*>(sin), static_cast<bf16*>(q), static_cast<bf16*>(k),
                static_cast<bf16*>(v), rows, threads);
     else
-        before(*layer, static_cast<const float*>(x), static_cast<const float*>(cos),
+        before(*layer, adapted, static_cast<const float*>(x), static_cast<const float*>(cos),
                static_cast<const float*>(sin), static_cast<float*>(q), static_cast<float*>(k),
                static_cast<float*>(v), rows, threads);
 }
 
 // From what attention found, and the input of the layer, to its output.
-void llmos_after(const Layer* layer, const void* attended, const void* x, void* y, int64_t rows,
-                 int half, int threads) {
+void llmos_after(const Layer* layer, const Adapted* adapted, const void* attended, const void* x,
+                 void* y, int64_t rows, int half, int threads) {
     if (half)
-        after(*layer, static_cast<const bf16*>(attended), static_cast<const bf16*>(x),
+        after(*layer, adapted, static_cast<const bf16*>(attended), static_cast<const bf16*>(x),
               static_cast<bf16*>(y), rows, threads);
     else
-        after(*layer, static_cast<const float*>(attended), static_cast<const float*>(x),
+        after(*layer, adapted, static_cast<const float*>(attended), static_cast<const float*>(x),
               static_cast<float*>(y), rows, threads);
+}
+
+// What adapters (`slots` of the tokens, -1: none) add to a layer's product y, for rows that lie
+// `x_stride` and `y_stride` numbers apart.
+void llmos_adapt(const Stack* stack, const int32_t* slots, const void* x, int64_t x_stride, void* y,
+                 int64_t y_stride, int64_t rows, int half, int threads) {
+    const int64_t numbers = rows * stack->rank * (stack->k + stack->n);
+#pragma omp parallel for num_threads(threads) if (numbers > WORTH_SHARING)
+    for (int64_t r = 0; r < rows; ++r) {
+        if (slots[r] < 0) continue;
+        if (half)
+            adapt(*stack, slots[r], static_cast<const bf16*>(x) + r * x_stride,
+                  static_cast<bf16*>(y) + r * y_stride);
+        else
+            adapt(*stack, slots[r], static_cast<const float*>(x) + r * x_stride,
+                  static_cast<float*>(y) + r * y_stride);
+    }
 }
 
 // RMSNorm of each row.

@@ -39,6 +39,28 @@ class Layer(ctypes.Structure):
     )
 
 
+class Stack(ctypes.Structure):
+    """As in lora.h."""
+
+    _fields_ = (("a", _P), ("b", _P), ("rank", _L), ("k", _L), ("n", _L))
+
+
+class Stacks(ctypes.Structure):
+    """As in lora.h."""
+
+    _fields_ = tuple((name, Stack) for name in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
+class Adapted(ctypes.Structure):
+    """As in lora.h."""
+
+    _fields_ = (("stacks", _P), ("slots", _P), ("next", _P))
+
+
+# A higher one does not fit the kernels' room.
+MOST_RANK = 512
+
+
 class Kernels:
     """What each takes is written in weights.cpp."""
 
@@ -47,11 +69,15 @@ class Kernels:
         loaded.llmos_layer_bytes.restype = loaded.llmos_kinds.restype = _L
         if loaded.llmos_layer_bytes() != ctypes.sizeof(Layer):
             raise Unavailable("the compiler lays a structure out in another way than ctypes")
+        loaded.llmos_stacks_bytes.restype = _L
+        if loaded.llmos_stacks_bytes() != ctypes.sizeof(Stacks):
+            raise Unavailable("the compiler lays a structure out in another way than ctypes")
         bits = loaded.llmos_kinds()
         self.kinds = frozenset(name for name, number in KINDS.items() if bits >> number & 1)
         self.linear = _typed(loaded.llmos_linear, [_P, _P, _P, _L, _I, _I, _I])
-        self.before = _typed(loaded.llmos_before, [*[_P] * 7, _L, _I, _I])
-        self.after = _typed(loaded.llmos_after, [*[_P] * 4, _L, _I, _I])
+        self.before = _typed(loaded.llmos_before, [*[_P] * 8, _L, _I, _I])
+        self.after = _typed(loaded.llmos_after, [*[_P] * 5, _L, _I, _I])
+        self.adapt = _typed(loaded.llmos_adapt, [_P, _P, _P, _L, _P, _L, _L, _I, _I])
         self.norm = _typed(loaded.llmos_norm, [_P, _P, _D, _P, _L, _L, _I])
         self.rows = _typed(loaded.llmos_rows, [_P, _P, _P, _L, _I])
         self.rows.restype = _L
