@@ -236,7 +236,7 @@ def test_layers_run_apart_where_somebody_has_put_something_around_a_module() -> 
         layer.forward = around
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert len(calls) == 1
-        # Adapters say themselves what they add: nothing, or what the kernels cannot.
+        # Adapters: nothing is added to this row, or the kernels cannot add it.
         layer.adapting = SimpleNamespace(adapted=lambda names, tokens: 0)
         torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert len(calls) == 1
