@@ -141,6 +141,11 @@ class Worker:
         assert self.keeping is not None, "it has not loaded"
         return self.keeping
 
+    def stop_in_order(self, number: int, frame: object) -> None:
+        """Between two steps, so that nothing is left half done; a second signal ends it at once."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.link.inbox.put({"k": "stop"})
+
     def where(self) -> Where:
         name = getattr(self.program, "name", "the program")
         return Where(name, self.device, self.link.promised_bytes)
@@ -185,7 +190,7 @@ class Worker:
         self.program.load(self)
         self.keeping.restore()
         if cls.ends_in_order:
-            signal.signal(signal.SIGTERM, stop_in_order)
+            signal.signal(signal.SIGTERM, self.stop_in_order)
         self.loaded = True
         self.link.post({"k": "loaded", **self.on_device.bytes()}, keep=True)
 
@@ -350,12 +355,6 @@ class Worker:
         said = self.on_device.move_in()
         if said is not None:
             self.link.post(said, keep=True)
-
-
-def stop_in_order(number: int, frame: object) -> None:
-    """Wherever the program is: what it has to say of its end it says in `close`."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
-    raise Stopped
 
 
 def main(order: dict[str, Any], listener: socket.socket, team: Team) -> int:
