@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,7 +106,7 @@ def test_the_table_outlives_a_crash_of_the_kernel(fresh: Live) -> None:
     fresh.run(go())
 
 
-def test_a_pid_whose_process_was_never_saved_is_not_given_again(fresh: Live) -> None:
+def test_an_attached_guest_is_found_again_and_its_pid_is_not_given_again(fresh: Live) -> None:
     async def go() -> None:
         await fresh.boot()
         await fresh.wait(await fresh.guest(max_tokens=1))  # its engine is up
@@ -113,7 +114,7 @@ def test_a_pid_whose_process_was_never_saved_is_not_given_again(fresh: Live) -> 
         await fresh.until(pid, lambda q: q.progress.get("step", 0) >= 1)
         await fresh.crash()
         await fresh.boot()
-        assert pid not in {r["pid"] for r in await fresh.ask(p.Ps(all=True))}
+        assert pid in {r["pid"] for r in await fresh.ask(p.Ps(all=True))}
         assert await fresh.spin(steps=1) > pid, "its stream would begin with another's records"
         await fresh.down()
 
@@ -144,19 +145,23 @@ def test_what_comes_while_the_kernel_shuts_down_is_refused(fresh: Live) -> None:
     fresh.run(go())
 
 
+async def row_of(live: Live, service: str) -> dict[str, Any]:
+    return next(s for s in await live.ask(p.Services()) if s["name"] == service)
+
+
 def test_services_come_up_are_restarted_by_call_and_come_back_when_killed(fresh: Live) -> None:
     async def go() -> None:
         await fresh.boot()
-        (models,) = await fresh.ask(p.Services())
-        assert (models["name"], models["summary"] != "") == ("models", True)
+        models = await row_of(fresh, "models")
+        assert models["summary"]
         found = await fresh.ask(p.Call("models.ls"))
         assert [m["name"] for m in found] == ["toy"]
-        first = (await fresh.ask(p.Services()))[0]["os_pid"]
+        first = models["os_pid"]
         assert await fresh.ask(p.Services("restart", "models")) == {
             "name": "models",
             "pid": models["pid"],
         }
-        (models,) = await fresh.ask(p.Services())
+        models = await row_of(fresh, "models")
         assert models["os_pid"] != first
 
         open_call = fresh.talk.begin(p.Call("models.ls"))
@@ -167,7 +172,7 @@ def test_services_come_up_are_restarted_by_call_and_come_back_when_killed(fresh:
             await fresh.talk.answer(open_call)
         # A call that comes meanwhile waits for the service to be back.
         assert [m["name"] for m in await fresh.ask(p.Call("models.ls"))] == ["toy"]
-        assert (await fresh.ask(p.Services()))[0]["restarts"] == 1
+        assert (await row_of(fresh, "models"))["restarts"] == 1
         assert fresh.problems == []
         await fresh.down()
 
