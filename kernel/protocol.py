@@ -150,13 +150,15 @@ class Attach:
     Each item's `offset` is where the next record begins: a client that comes back gives it
     and misses nothing. With `follow` it goes on until the process has ended and answers
     what Wait does; without, it stops at the last record and answers {offset}. With `own` the
-    process ends with this connection: who submitted it as attached comes back for it so.
+    process ends with this connection: who submitted it as attached comes back for it so. With
+    `at_end` nothing is sent before the process has ended, and then all: for who needs it whole.
     """
 
     pid: int
     offset: int = 0
     follow: bool = True
     own: bool = False
+    at_end: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,9 +227,12 @@ class AsyncClient:
         """-> {pid, exit_status, reason, result} when the process has ended. Raises TimedOut."""
         return dict(await self.ask(p.Wait(pid, timeout_s)))
 
-    def attach(self, pid: int, offset: int = 0, follow: bool = True) -> AsyncStream:
-        """The records of a process, from `offset` on."""
-        return AsyncStream(self, p.Attach(pid, offset, follow, pid in self._owned), "record")
+    def attach(
+        self, pid: int, offset: int = 0, follow: bool = True, *, at_end: bool = False
+    ) -> AsyncStream:
+        """The records of a process, from `offset` on; `at_end`: all, when it has ended."""
+        own = pid in self._owned
+        return AsyncStream(self, p.Attach(pid, offset, follow, own, at_end), "record")
 
     def dmesg(
         self,

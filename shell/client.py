@@ -216,9 +216,12 @@ class Client:
         """-> {pid, exit_status, reason, result} when the process has ended. Raises TimedOut."""
         return dict(self.ask(p.Wait(pid, timeout_s)))
 
-    def attach(self, pid: int, offset: int = 0, follow: bool = True) -> Stream:
-        """The records of a process, from `offset` on."""
-        return Stream(self, p.Attach(pid, offset, follow, pid in self._owned), "record")
+    def attach(
+        self, pid: int, offset: int = 0, follow: bool = True, *, at_end: bool = False
+    ) -> Stream:
+        """The records of a process, from `offset` on; `at_end`: all, when it has ended."""
+        own = pid in self._owned
+        return Stream(self, p.Attach(pid, offset, follow, own, at_end), "record")
 
     def dmesg(
         self,

@@ -25,6 +25,8 @@ async def handle(
     if request.own and proc.attached and access.is_own(client, proc):
         kernel.owners.back(proc.pid)
         client.attached.add(proc.pid)
+    if request.at_end:
+        await kernel.changed(proc.pid, lambda p: not p.live, None)
     path, offset = kernel.home.work(proc.pid) / "stream", request.offset
     while True:
         # Asked before reading: what is written after the read is seen in the next round.

@@ -50,7 +50,7 @@ class Guard:
         told = _Told(send, {"X-Request-Id": new_id("req"), **cors})
         self._metrics.in_flight.inc()
         try:
-            await self._serve(scope, receive, told, began_s)
+            await self._serve(scope, receive, told)
         finally:
             self._metrics.in_flight.dec()
             # Of a path that nobody serves only that is counted, or anybody could make labels.
@@ -59,7 +59,7 @@ class Guard:
             self._metrics.requests.labels(endpoint, str(told.status)).inc()
             self._metrics.seconds.labels(endpoint).observe(time.monotonic() - began_s)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: _Told, began_s: float) -> None:
+    async def _serve(self, scope: Scope, receive: Receive, send: _Told) -> None:
         headers = Headers(scope=scope)
         body = _Limited(receive, self._most_bytes(scope["path"]), headers)
         try:
@@ -67,7 +67,7 @@ class Guard:
             if scope["method"] == "OPTIONS" and "origin" in headers:
                 await send.empty(204)
                 return
-            scope.setdefault("state", {})["whose"] = self._whose(scope["path"], headers, began_s)
+            scope.setdefault("state", {})["whose"] = self._whose(scope["path"], headers)
             body.check()
             await self._app(scope, body, send)
         except Gone:
@@ -120,14 +120,14 @@ class Guard:
 
     # ---- who ----
 
-    def _whose(self, path: str, headers: Mapping[str, str], began_s: float) -> Whose:
+    def _whose(self, path: str, headers: Mapping[str, str]) -> Whose:
         """Raises ApiError (401) without a key where one is needed."""
         scheme, _, presented = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             presented = headers.get("x-api-key", "")
         needed = bool(self._keys.all()) or not self._settings.is_loopback
         if not needed or path in OPEN:
-            return Whose(began_s=began_s)
+            return Whose()
         if not presented:
             raise ApiError(
                 401,
@@ -145,7 +145,7 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         user = "" if key.user == self._own else key.user
-        return Whose(user, user, began_s)
+        return Whose(user, user)
 
     # ---- how much ----
 

@@ -10,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,19 @@ AWAY_S = 10.0
 LOOK_S = 2.0
 
 HANGUP = 1
+
+
+@dataclass(frozen=True)
+class How:
+    """How a process is read.
+
+    `whole`: all that it says, at its end: to be woken for each token costs the kernel, and us, more
+    than the token is worth to who needs the text. `patient`: it may wait for ever, for its quota
+    too.
+    """
+
+    whole: bool = False
+    patient: bool = False
 
 
 class Kernel:
@@ -72,21 +86,16 @@ class Kernel:
             await self._reconnect(line, connection)
             return await do(line)
 
-    async def submit(
-        self, program: str, args: Record, *, patient: bool = False, **options: Any
-    ) -> Process:
-        """An attached process. One whose submitter is cancelled meanwhile is ended.
-
-        `patient`: it may wait for ever, for its quota too.
-        """
-        work = self.spawn(self._submit(program, args, patient, options))
+    async def submit(self, program: str, args: Record, *, how: How, **options: Any) -> Process:
+        """An attached process. One whose submitter is cancelled meanwhile is ended."""
+        work = self.spawn(self._submit(program, args, how, options))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             work.add_done_callback(_let_go)
             raise
 
-    async def _submit(self, program: str, args: Record, patient: bool, options: Record) -> Process:
+    async def _submit(self, program: str, args: Record, how: How, options: Record) -> Process:
         line = await self._line()
         if self._watching is None:
             self._watching = self.spawn(self._watch())
@@ -101,7 +110,7 @@ class Kernel:
         except BaseException:
             self._load[line] -= 1
             raise
-        return Process(self, line, pid, patient)
+        return Process(self, line, pid, how)
 
     def ended(self, process: Process, line: AsyncClient) -> None:
         self.processes.discard(process)
@@ -114,7 +123,7 @@ class Kernel:
             now = time.monotonic()
             for process in list(self.processes):
                 quiet_since = max(process.heard_s, process.looked_s)
-                if now - quiet_since >= LOOK_S and not process.patient:
+                if now - quiet_since >= LOOK_S and not process.how.patient:
                     self.spawn(process.look())
 
     def spawn(self, work: Awaitable[T]) -> asyncio.Task[T]:
@@ -176,15 +185,15 @@ class _GivenUp(LlmosError):
 class Process:
     """A process of the kernel, from its submission to its end; `end` it, or read it to the end."""
 
-    def __init__(self, kernel: Kernel, line: AsyncClient, pid: int, patient: bool) -> None:
+    def __init__(self, kernel: Kernel, line: AsyncClient, pid: int, how: How) -> None:
         self.pid = pid
         self.result: Record = {}
-        self.patient = patient
+        self.how = how
         self.heard_s = self.looked_s = (
             time.monotonic()
         )  # when it last said something; was looked at
         self._kernel, self._line = kernel, line
-        self._stream = line.attach(pid)
+        self._stream = line.attach(pid, at_end=how.whole)
         self._over = False
         kernel.processes.add(self)
 
@@ -241,6 +250,8 @@ class Process:
             told = await self._kernel.ask(lambda line: line.explain(self.pid))
         except LlmosError:
             return  # its stream waits for the next kernel, or tells why there is no such process
+        if self.how.whole and told["process"]["state"] == "running":
+            self.heard_s = self.looked_s  # nothing is heard of it before its end
         reason, quiet_s = str(told.get("reason") or ""), time.monotonic() - self.heard_s
         opens_in_s = told.get("quota_opens_in_s")
         if opens_in_s is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -81,15 +80,14 @@ class Metrics:
         ):
             self.tokens.labels(kind).inc(int(result.get(key) or 0))
 
-    def pace(self, endpoint: str, began_s: float) -> Callable[[], None]:
-        """For one text: what is to be called when some of it has come."""
+    def pace(self, endpoint: str, began_at: float) -> Callable[[float], None]:
+        """For one text: what is to be called for each piece of it, with when it was made."""
         first, gap = self.first.labels(endpoint), self.gap.labels(endpoint)
-        last_s, begun = began_s, False
+        last_at, begun = began_at, False
 
-        def came() -> None:
-            nonlocal last_s, begun
-            now = time.monotonic()
-            (gap if begun else first).observe(now - last_s)
-            last_s, begun = now, True
+        def came(at: float) -> None:
+            nonlocal last_at, begun
+            (gap if begun else first).observe(max(0.0, at - last_at))
+            last_at, begun = at, True
 
         return came

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from llmos.services.gateway.answers import Gathered
 from llmos.services.gateway.asked import Args, Asked
-from llmos.services.gateway.kernel import Kernel, Process, Record
+from llmos.services.gateway.kernel import How, Kernel, Process, Record
 
 # Of the prompts of one request, so many are processes at a time.
 PROMPTS_AT_ONCE = 64
@@ -19,20 +19,20 @@ PROMPTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Whose:
-    """For whom a request is served, and since when (monotonic). `user` is empty for whoever runs
+    """For whom a request is served, and since when (epoch). `user` is empty for whoever runs
     the kernel; `owner` is whose the things are that a request makes."""
 
     user: str = ""
     owner: str = ""
-    began_s: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
     patient: bool = False  # nobody waits at the other end: whatever it waits for will come
 
 
 class Meter(Protocol):
     """Who counts what passes."""
 
-    def pace(self, endpoint: str, began_s: float) -> Callable[[], None]:
-        """-> what is to be called when some text has come."""
+    def pace(self, endpoint: str, began_at: float) -> Callable[[float], None]:
+        """-> what is to be called for each piece of text, with when it was made."""
         ...
 
     def spent(self, result: Record) -> None:
@@ -50,11 +50,17 @@ class Runner:
 
     @contextlib.asynccontextmanager
     async def process(
-        self, program: str, args: Args, options: dict[str, Any], whose: Whose
+        self,
+        program: str,
+        args: Args,
+        options: dict[str, Any],
+        whose: Whose,
+        whole: bool = True,
     ) -> AsyncIterator[Process]:
-        """A process that ends with the block."""
+        """A process that ends with the block. `whole`: it is read when it has ended."""
+        how = How(whole, whose.patient)
         made = await self.kernel.submit(
-            program, {**self._served, **args}, patient=whose.patient, user=whose.user, **options
+            program, {**self._served, **args}, how=how, user=whose.user, **options
         )
         try:
             yield made
@@ -64,21 +70,34 @@ class Runner:
     async def gather(self, asked: Asked, prompt: Args, whose: Whose, endpoint: str) -> Gathered:
         """One prompt, to its end. Raises what its process failed with."""
         found = Gathered(asked.n)
-        async for batch in self.batches(asked, prompt, found, whose, endpoint):
+        async for batch in self._records(asked, prompt, found, whose, endpoint, whole=True):
             for record in batch:
                 found.add(record)
         return found
 
-    async def batches(
+    def batches(
         self, asked: Asked, prompt: Args, found: Gathered, whose: Whose, endpoint: str
     ) -> AsyncGenerator[list[Record], None]:
         """The records of one prompt as they come; at the end `found` has the result."""
-        came = self.meter.pace(endpoint, whose.began_s)
+        return self._records(asked, prompt, found, whose, endpoint, whole=False)
+
+    async def _records(
+        self,
+        asked: Asked,
+        prompt: Args,
+        found: Gathered,
+        whose: Whose,
+        endpoint: str,
+        *,
+        whole: bool,
+    ) -> AsyncGenerator[list[Record], None]:
+        came = self.meter.pace(endpoint, whose.began_at)
         args = {**asked.args, **prompt}
-        async with self.process("infer", args, asked.options, whose) as process:
+        async with self.process("infer", args, asked.options, whose, whole) as process:
             async for batch in process.batches():
-                if any(record["kind"] == "text" for record in batch):
-                    came()
+                for record in batch:
+                    if record["kind"] == "text":
+                        came(record["at"])
                 yield batch
             found.end(process.result.get("result") or {})
             self.meter.spent(found.result)

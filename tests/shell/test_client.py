@@ -218,6 +218,23 @@ async def _text(client: AsyncClient) -> str:
     return "".join([t async for t in client.run("toy", "x", max_tokens=3)])
 
 
+def test_who_wants_it_whole_hears_nothing_before_the_end(site: Site) -> None:
+    pid = site.spin(steps=1_000_000)
+    with site.client() as client:
+        until(lambda: client.process(pid)["progress"].get("step", 0) >= 3)
+        stream = client.attach(pid, at_end=True)
+        with pytest.raises(TimedOut):
+            stream.next(0.05)
+        assert next(client.attach(pid))["kind"] == "progress"  # which others do
+        with site.client() as other:
+            other.kill(pid)
+        steps = [r["step"] for r in stream if r["kind"] == "progress"]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) >= 3
+        assert stream.result is not None
+        assert stream.result["exit_status"] == 143
+
+
 def test_a_stream_gives_what_has_come_together_and_then_its_end(off: Site) -> None:
     def attach(args: Any, send: Any) -> None:
         for offset in (10, 20, 30):
