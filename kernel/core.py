@@ -131,11 +131,11 @@ class Core:
         _HANDLERS[type(event)](m, event)
         if m.shutting_down:
             _end_services_last(m)
-        quota.settle(m)
+        quota.settle(m, guests.quota_opened)
         admission.admit_waiting(m)
         turns.decide_all(m)
         while m.quota_changed:  # what was charged just now was the last of a quota
-            quota.settle(m)
+            quota.settle(m, guests.quota_opened)
             turns.decide_all(m)
         orders, m.out = m.out, []
         return orders

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmos.kernel import admission, turns
+from llmos.kernel import admission, quota, turns
 from llmos.kernel.errors import Busy, IllegalMove
 from llmos.kernel.events import (
     GuestIdle,
@@ -186,8 +186,15 @@ def unload(m: Machine, engine: Process, why: str) -> bool:
     for guest in guests:
         if not rests(guest):
             join_engine(m, guest)
-            want(m, now)
+            if not quota.is_over(m, guest):  # else when its quota is open again
+                want(m, now)
     return now is engine
+
+
+def quota_opened(m: Machine, guest: Process) -> None:
+    """The quota of a guest's user is open again: its engine may have gone meanwhile."""
+    if guest.role is Role.GUEST and not rests(guest):
+        want(m, m.engine_of(guest))
 
 
 def rests(guest: Process) -> bool:

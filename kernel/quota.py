@@ -6,6 +6,8 @@ for device-seconds until the window has moved past what was used. Knows no clock
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmos.kernel import turns
 from llmos.kernel.errors import NoMemory
 from llmos.kernel.events import Changed, Rank
@@ -57,8 +59,9 @@ def look(m: Machine) -> None:
             m.quota_changed[uid] = None
 
 
-def settle(m: Machine) -> None:
-    """Take the devices from who has just gone over a quota, give them to whose window has moved."""
+def settle(m: Machine, opened: Callable[[Machine, Process], None]) -> None:
+    """Take the devices from who has just gone over a quota, give them to whose window has moved,
+    for each of whose processes `opened` is called."""
     if not m.settings.user_device_s:
         m.quota_changed.clear()
     while m.quota_changed:
@@ -74,6 +77,8 @@ def settle(m: Machine) -> None:
         m.line_dirty = True
         for pid in list(m.by_user.get(uid, ())):
             _turn(m, m.procs[pid], over)
+            if not over:
+                opened(m, m.procs[pid])
 
 
 def _turn(m: Machine, proc: Process, over: bool) -> None:

@@ -112,6 +112,7 @@ def _about_memory(kernel: Kernel, proc: Process) -> Any:
         elif owner.role is Role.PROCESS and room.movable(m, owner):
             what = f"`llmos pause --release {pid}` would free it"
         yield f"process {pid} holds {held / GIB:.2f} GiB: {what}"
+    room.look_anew(m)
     when = forecast.starts(m, proc, False, room.find_room(m, proc, names))
     if when["in_s"] is not None:
         yield f"it could start in about {when['in_s']:.0f} s: {when['why']}"

@@ -47,6 +47,7 @@ class Toy:
         self._loaded: set[str] = set()
         self._seen: dict[str, int] = {}
         self._parked: set[int] = set()
+        self._said: dict[int, int] = {}  # guest -> tokens of its turn that are in its stream
         self._holds: dict[str, int] = {}  # worker -> token of the hold that is under way
 
     # ---- what a test does ----
@@ -179,14 +180,19 @@ class Toy:
                 self._post(HOLD_S, o.worker_id, ev.Shrunk(o.worker_id, o.level, 0))
             case ev.Admit():
                 self._seen[o.worker_id] = self._seen.get(o.worker_id, 0) + 1
-                tokens = int(self.proc(o.pid).args["tokens"])
-                self._guests.setdefault(o.worker_id, {})[o.pid] = tokens
+                guest = self.proc(o.pid)
+                said = self._said.get(o.pid, 0)  # to an engine before this one
+                to_go = int(guest.args["tokens"]) - said
+                self._guests.setdefault(o.worker_id, {})[o.pid] = to_go
+                parked = guest.state is State.PAUSED
+                (self._parked.add if parked else self._parked.discard)(o.pid)
             case ev.Rank():
                 (self._parked.add if o.parked else self._parked.discard)(o.pid)
             case ev.Forward():
                 self._seen[o.worker_id] = self._seen.get(o.worker_id, 0) + 1
                 if o.pid in self._guests.get(o.worker_id, {}):
                     self._guests[o.worker_id][o.pid] = int(self.proc(o.pid).args["tokens"])
+                self._said.pop(o.pid, None)
             case ev.Drop():
                 self._seen[o.worker_id] = self._seen.get(o.worker_id, 0) + 1
                 self._guests.get(o.worker_id, {}).pop(o.pid, None)
@@ -267,6 +273,7 @@ class Toy:
             return
         pid = min(runnable, key=lambda g: self.proc(g).rank())
         guests[pid] -= 1
+        self._said[pid] = int(self.proc(pid).args["tokens"]) - guests[pid]
         self.do(ev.Reported(worker, 1, None, {}, {pid: 1.0}))
         if guests.get(pid) == 0 and self.proc(pid).args["turns"]:
             self.do(ev.GuestIdle(worker, pid))
