@@ -52,8 +52,8 @@ def describe(point: importlib.metadata.EntryPoint, limit_s: float = IMPORT_S) ->
         os.close(write)
         printed = _Printed(process)
         said = _read(read, process, time.monotonic() + limit_s)
-        # What it has started, goes with it.
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended, and left nobody
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started goes with it
         status = process.wait()
     finally:
         os.close(read)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import socket
 import threading
 import time
@@ -23,6 +22,7 @@ from llmos.drivers.worker.guests import Guests
 from llmos.drivers.worker.keeping import Keeping, Stopped
 from llmos.drivers.worker.link import ALONE_S, Link
 from llmos.drivers.worker.on_device import OnDevice
+from llmos.drivers.worker.orderly import on_term
 from llmos.drivers.worker.output import write_whole
 from llmos.drivers.worker.programs import build_args, load_program, make_ready
 from llmos.drivers.worker.pulse import Pulse
@@ -141,11 +141,6 @@ class Worker:
         assert self.keeping is not None, "it has not loaded"
         return self.keeping
 
-    def stop_in_order(self, number: int, frame: object) -> None:
-        """Between two steps, so that nothing is left half done; a second signal ends it at once."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.link.inbox.put({"k": "stop"})
-
     def where(self) -> Where:
         name = getattr(self.program, "name", "the program")
         return Where(name, self.device, self.link.promised_bytes)
@@ -190,7 +185,7 @@ class Worker:
         self.program.load(self)
         self.keeping.restore()
         if cls.ends_in_order:
-            signal.signal(signal.SIGTERM, self.stop_in_order)
+            on_term(lambda: self.link.inbox.put({"k": "stop"}))
         self.loaded = True
         self.link.post({"k": "loaded", **self.on_device.bytes()}, keep=True)
 

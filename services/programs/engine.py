@@ -26,6 +26,7 @@ class Engine(Program):
     default_class = "interactive"
     hidden = True
     on_interrupt = "kill"
+    ends_in_order = True  # what chats have computed is kept for the next engine
 
     preload = (
         "llmos.services.engine.host",

@@ -60,6 +60,8 @@ async def relay(live: Live, *chain: str, uid: int | None = None, **args: Any) ->
 
 
 async def os_pid(live: Live) -> int:
+    """Of the host of `spy`, once it is up (again)."""
+    await call(live, "spy.who")
     rows = await live.ask(p.Services())
     return int(next(s for s in rows if s["name"] == "spy")["os_pid"])
 
@@ -100,7 +102,7 @@ async def test_while_it_serves_somebody_a_service_works_for_him_until_it_has_end
     # It hung, and is being killed: what it says now is still not said by root.
     await wait_until(lambda: queue.serving is None)
     assert live.kernel.calls.works_for("spy") == nobody()
-    with pytest.raises(ServiceFailed, match=r"service spy hung in hangs for 0\.5 s"):
+    with pytest.raises(ServiceFailed, match=r"service spy hung in hangs for 1\.5 s"):
         await calling
     await wait_until(lambda: live.kernel.calls.works_for("spy") == 0)
     assert await call(live, "spy.who") == nobody(), "the next one is served"
@@ -112,11 +114,12 @@ async def test_a_child_that_hangs_says_where_and_is_gone(live: Live) -> None:
     log = live.path / "procs" / str(pid) / "log"
     before = log.read_text().count("in hangs") if log.exists() else 0
     queue = live.kernel.calls._queues["spy"]
+    host = await os_pid(live)
+    older = set(procfs.children(host))
     calling = live.kernel.spawn(call(live, "spy.hangs"), answers=True)
     await wait_until(lambda: queue.serving is not None)
-    host = await os_pid(live)
-    await wait_until(lambda: len(procfs.children(host)) == 2)
-    (child,) = procfs.children(host)[1:]
+    await wait_until(lambda: bool(set(procfs.children(host)) - older) or calling.done())
+    (child,) = set(procfs.children(host)) - older
     with pytest.raises(ServiceFailed, match="hung"):
         await calling
     await wait_until(lambda: procfs.started(child) < 0)
@@ -126,7 +129,8 @@ async def test_a_child_that_hangs_says_where_and_is_gone(live: Live) -> None:
 MISBEHAVIOURS = [
     ("raises", r"spy\.raises raised ZeroDivisionError: oops$"),
     ("is_killed", r"the child of service spy that served is_killed was killed by signal 9$"),
-    ("asks_for_more_and_more", r"service spy .*outgrew its limit of 100 MiB of memory"),
+    # Who is faster: whoever looks at its memory, or its own allocator.
+    ("asks_for_more_and_more", r"spy.* (outgrew|asked for more than) its limit of 100 MiB of mem"),
     ("garbles", r"the child of service spy that served garbles said what makes no sense"),
 ]
 
