@@ -50,9 +50,11 @@ def refuse_what_never_fits(m: Machine, proc: Process) -> None:
             "ask for fewer (--devices) or boot with more (--device)",
         )
     largest = max(names, key=m.ledger.capacity)
+    system = m.ledger.system(largest)
+    taken = f", and llmos itself takes {system / GIB:,.2f} of them" if system else ""
     raise NoMemory(
-        f"{proc.program} needs {need / GIB:,.1f} GiB; {largest} has "
-        f"{m.ledger.capacity(largest) / GIB:,.1f} GiB in all",
+        f"{proc.program} needs {need / GIB:,.2f} GiB; {largest} has "
+        f"{m.ledger.capacity(largest) / GIB:,.2f} GiB in all{taken}",
         "make it smaller (batch, context, width, dtype; `llmos plan` finds what fits) or boot "
         "with a larger device",
     )

@@ -82,6 +82,11 @@ class Ledger:
     def capacity(self, device: str) -> int:
         return self._devices[device].capacity_bytes
 
+    def system(self, device: str) -> int:
+        """Bytes of a device that the kernel and its helpers have."""
+        account = self._accounts.get(SYSTEM_PID)
+        return account.private_bytes if account and device in account.devices else 0
+
     def kind(self, device: str) -> str:
         return self._devices[device].kind
 
@@ -112,11 +117,8 @@ class Ledger:
 
     def can_ever_reserve(self, device: str, segments: list[dict[str, Any]]) -> bool:
         """Would it fit if nothing but the system were there?"""
-        system = 0
-        if SYSTEM_PID in self._accounts and device in self._accounts[SYSTEM_PID].devices:
-            system = self._accounts[SYSTEM_PID].private_bytes
         need = sum(int(s["bytes"]) for s in segments)
-        return need <= self.capacity(device) - system
+        return need <= self.capacity(device) - self.system(device)
 
     def can_reserve(self, device: str, segments: list[dict[str, Any]]) -> bool:
         return self.need(device, segments) <= self.free(device)

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmos.services.engine.fused import fuse
-from llmos.services.engine.native.build import processor
 from llmos.services.engine.native.weights import kernels
 from llmos.services.engine.panels import PanelEmbedding, PanelLinear, PanelNorm, Panels
 from llmos.services.model.load import code_is_allowed
@@ -56,9 +55,6 @@ class Place:
 def takes_panels(model_type: str, kind: str, device: str) -> bool:
     """Whether the weights of such a model are put into panels of this kind here."""
     if device != "cpu" or model_type not in PANEL_TYPES:
-        return False
-    # oneDNN has the matrix unit for bfloat16, which these kernels have not.
-    if kind == "bfloat16" and "amx_bf16" in processor().split():
         return False
     found = kernels()
     return found is not None and kind in found.kinds

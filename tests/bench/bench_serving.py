@@ -7,7 +7,8 @@ MODEL is a folder. Each round has a bare part (an engine's host in a process of 
 else) and a part through a kernel: as many attached `infer` as streams, begun at once, greedy,
 prompts of random ids that share nothing. Printed, medians over the rounds: tokens per second from
 the first request to the last token; time to the first token; gap between tokens; memory of the
-engine's worker.
+engine's worker. For the part through a kernel also the CPU time that each token took of the engine,
+the kernel, and this bench as its client.
 """
 
 from __future__ import annotations
@@ -146,6 +147,13 @@ class Served:
         }  # fmt: skip
         return holders(inodes)
 
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds so far of whoever has a part in an answer."""
+        (engine,) = self.workers()
+        kernel = self._status("kernel")["os_pid"]
+        pids = {"engine": engine, "kernel": kernel, "client": os.getpid()}
+        return {name: spent_s(pid) for name, pid in pids.items()}
+
     def weigh(self) -> None:
         """As much weight for the kernel and the engine as this process has, on a busy machine."""
         own = Path("/proc/self/autogroup").read_text().split()[-1]
@@ -171,6 +179,11 @@ def holders(inodes: set[str]) -> set[int]:
             if os.readlink(link).removeprefix("socket:[").rstrip("]") in inodes:
                 found.add(int(link.parts[2]))
     return found
+
+
+def spent_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def private_bytes(pid: int) -> int:
@@ -230,12 +243,19 @@ def main() -> None:
             loop.run(1, 0)
             for streams in args.streams:
                 rounds: dict[str, list[dict[str, float]]] = {"bare": [], "kernel": []}
+                spent: dict[str, float] = {}
                 for seed in range(1, args.rounds + 1):
                     rounds["bare"].append(figures(loop.run(streams, seed)))
+                    before = served.cpu_s()
                     rounds["kernel"].append(figures(served.run(streams, seed)))
+                    for name, seconds in served.cpu_s().items():
+                        spent[name] = spent.get(name, 0.0) + seconds - before[name]
                 alone = show(f"{streams:3} bare loop", rounds["bare"], loop.memory())
                 through = show(f"{streams:3} through the kernel", rounds["kernel"], served.memory())
-                print(f"    ratio of tokens/s: {through['tokens/s'] / alone['tokens/s']:.3f}")
+                tokens = args.rounds * streams * args.tokens
+                cost = ", ".join(f"{n} {s / tokens * 1e6:.0f}" for n, s in spent.items())
+                print(f"    ratio of tokens/s: {through['tokens/s'] / alone['tokens/s']:.3f}; "
+                      f"CPU us a token: {cost}")  # fmt: skip
         finally:
             loop.close()
             served.close()

@@ -20,6 +20,12 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__linux__)
+#define MATRIX_UNIT
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512VNNI__)
 #error "these kernels are for AVX-512 with VNNI"
 #endif
@@ -85,8 +91,9 @@ struct Panel {
     const int32_t* sums;
 };
 
-// The sums of `ROWS` tokens; two vectors for each panel.
-using Tile = __m512[MOST_ROWS][4];
+// The sums of tokens, one row for each; two vectors for each panel.
+using Sums = __m512[4];
+using Tile = Sums[MOST_ROWS];
 using Multiply = void (*)(int64_t k, const Tokens& x, int64_t row, const Panel* panels, Tile& out);
 
 template <int ROWS, int PANELS>
@@ -201,6 +208,73 @@ const Multiply MULTIPLY[3][2][MOST_ROWS] = {
     {ROW_OF(multiply_int8, 1), {multiply_int8<1, 2>, multiply_int8<2, 2>, multiply_int8<3, 2>}},
 };
 
+#ifdef MATRIX_UNIT
+// ---- the same by the matrix unit (AMX), for many tokens of bfloat16 ----
+//
+// Sixteen lines of a half panel are one of its tiles as they lie: 16 pairs of inputs, 16 outputs.
+// It adds the products of a tile in another order than AVX-512 does.
+
+constexpr int64_t UNIT_ROWS = 32;    // tokens at once: two tiles of 16
+constexpr int64_t UNIT_INPUTS = 32;  // inputs of a tile
+constexpr int64_t UNIT_FROM = 8;     // tokens from which it is the faster one
+
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start = 0, unused[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Linux gives its registers to a process that asks.
+bool unit_is_there() {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static const bool found = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return found;
+}
+
+// Tiles 0-3 are sums of (tokens, outputs): two and two; 4 and 5 are tokens, 6 and 7 weights.
+void shape_tiles(int64_t rows) {
+    TileShapes shapes;
+    for (int t = 0; t < 8; ++t) shapes.bytes[t] = 64;
+    const uint8_t first = std::min<int64_t>(rows, 16), second = std::max<int64_t>(rows - 16, 1);
+    shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = first;
+    shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = second;
+    shapes.rows[6] = shapes.rows[7] = 16;
+    _tile_loadconfig(&shapes);
+}
+
+// The tiles have the shapes for `rows` tokens.
+void multiply_by_unit(int64_t k, const Tokens& x, int64_t row, int64_t rows, const Panel* panels,
+                      int count, Sums* out) {
+    const bf16* tokens = static_cast<const bf16*>(x.data) + row * x.stride;
+    const bf16* later = tokens + 16 * x.stride;
+    for (int p = 0; p < count; ++p) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t i = 0; i < k; i += UNIT_INPUTS) {
+            const uint8_t* lines = panels[p].data + i / 2 * LINE;
+            _tile_loadd(6, lines, LINE);
+            _tile_loadd(7, lines + 64, LINE);
+            _tile_loadd(4, tokens + i, 2 * x.stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (rows > 16) {
+                _tile_loadd(5, later + i, 2 * x.stride);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, &out[0][2 * p], sizeof(Sums));
+        _tile_stored(1, &out[0][2 * p + 1], sizeof(Sums));
+        if (rows > 16) {
+            _tile_stored(2, &out[16][2 * p], sizeof(Sums));
+            _tile_stored(3, &out[16][2 * p + 1], sizeof(Sums));
+        }
+    }
+}
+#endif
+
 // ---- products, shared among the threads of the region that they are called in ----
 
 struct Share {
@@ -233,6 +307,21 @@ int64_t panels_of(const Matrix& w) { return (w.n + PANEL - 1) / PANEL; }
 template <typename Done>
 void tiles(const Matrix& w, const Tokens& x, Share rows, const Panel* panels, int count,
            Done done) {
+#ifdef MATRIX_UNIT
+    if (w.kind == BFLOAT16 && rows.to - rows.from >= UNIT_FROM && w.k % UNIT_INPUTS == 0 &&
+        unit_is_there()) {
+        Sums sums[UNIT_ROWS];
+        int64_t shaped = 0;
+        for (int64_t row = rows.from; row < rows.to; row += UNIT_ROWS) {
+            const int64_t number = std::min(UNIT_ROWS, rows.to - row);
+            if (number != shaped) shape_tiles(shaped = number);
+            multiply_by_unit(w.k, x, row, number, panels, count, sums);
+            done(row, number, sums);
+        }
+        _tile_release();  // a thread that holds tiles is dearer to switch
+        return;
+    }
+#endif
     const int64_t most = w.kind == INT8 && count == 2 ? MOST_ROWS / 2 : MOST_ROWS;
     const int64_t all = rows.to - rows.from, parts = (all + most - 1) / most;
     for (int64_t part = 0; part < parts; ++part) {
@@ -293,7 +382,7 @@ void product(const Target<Y>* targets, int count, const Tokens& x, int64_t rows)
             index[p] = at - before;
             panels[p] = panel_of(*of[p]->w, index[p]);
         }
-        const auto done = [&](int64_t row, int64_t many, Tile& tile) {
+        const auto done = [&](int64_t row, int64_t many, const Sums* tile) {
             for (int64_t r = 0; r < many; ++r)
                 for (int p = 0; p < 2 * number; ++p)
                     put<T>(*of[p / 2], index[p / 2], p % 2, row + r, tile[r][p]);
@@ -315,7 +404,7 @@ void gated(const Matrix& gate, const Matrix& up, const Tokens& x, int64_t rows, 
     const Split part = split(panels_of(gate), rows);
     for (int64_t at = part.panels.from; at < part.panels.to; ++at) {
         const Panel panels[2] = {panel_of(gate, at), panel_of(up, at)};
-        tiles(gate, x, part.rows, panels, 2, [&](int64_t row, int64_t many, Tile& tile) {
+        tiles(gate, x, part.rows, panels, 2, [&](int64_t row, int64_t many, const Sums* tile) {
             for (int half = 0; half < 2; ++half) {
                 const int64_t first = at * PANEL + half * 16;
                 const __mmask16 m = mask(gate.n - first);

@@ -17,7 +17,7 @@ from llmos.services.engine.native import weights as native
 from llmos.services.engine.panels import PanelEmbedding, PanelLinear, PanelNorm, Panels, panel_bytes
 
 SHAPES = [(32, 4), (1, 1), (33, 7), (70, 130), (288, 96), (96, 288)]
-TOKENS = [0, 1, 2, 5, 6, 7, 13, 100]
+TOKENS = [0, 1, 2, 5, 6, 7, 8, 13, 16, 17, 32, 33, 100]
 
 
 @pytest.fixture(autouse=True)
