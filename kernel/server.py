@@ -12,7 +12,7 @@ import dataclasses
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 # So many requests of a client are taken at a time; then it is the others' turn. More would save a
 # pass of the loop (microseconds) and let the others wait longer.
 BURST = 4
+
+# Frames to one client wait for each other until so much is to be sent.
+TOGETHER_BYTES = 16 * 1024
 
 # Connections in all. Others than root and the owner leave some of them free.
 MAX_CONNECTIONS, KEPT_FOR_ADMINS = 800, 16
@@ -89,6 +92,7 @@ class Client(asyncio.Protocol):
         self._drained = asyncio.Event()
         self._drained.set()
         self._again: asyncio.Handle | None = None
+        self._outgoing = bytearray()  # frames that go out together, at the end of this turn
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -188,9 +192,10 @@ class Client(asyncio.Protocol):
     def refuse(self, exc: LlmosError) -> None:
         """Say why, and hang up."""
         self._reply({"id": -1, "error": exc.to_wire()})
-        self._transport.close()
+        self.close()
 
     def close(self) -> None:
+        self._send()
         self._transport.close()
 
     def _take(self, message: Any) -> None:
@@ -238,7 +243,7 @@ class Client(asyncio.Protocol):
             self._reply({"id": number, "ok": answer})
         elif isinstance(answer, Awaitable):
             self._later(number, self._await(number, answer))
-        elif isinstance(answer, AsyncIterator):
+        elif isinstance(answer, AsyncGenerator):
             self._later(number, self._stream(number, answer))
         else:
             self._reply({"id": number, "ok": answer})
@@ -266,17 +271,18 @@ class Client(asyncio.Protocol):
         except LlmosError as exc:
             self._reply({"id": number, "error": exc.to_wire()})
 
-    async def _stream(self, number: int, items: AsyncIterator[Any]) -> None:
+    async def _stream(self, number: int, items: AsyncGenerator[Any, None]) -> None:
         """Items one by one, as fast as the client reads; the last one is the answer."""
         answer: Any = None
         try:
             await self._may_write()
-            async for kind, value in items:
-                if kind == "end":
-                    answer = value
-                    continue
-                self._reply({"id": number, "item": value})
-                await self._may_write()
+            async with contextlib.aclosing(items):
+                async for kind, value in items:
+                    if kind == "end":
+                        answer = value
+                        continue
+                    self._reply({"id": number, "item": value})
+                    await self._may_write()
             self._reply({"id": number, "ok": answer})
         except asyncio.CancelledError:
             self._reply({"id": number, "ok": None})
@@ -291,12 +297,21 @@ class Client(asyncio.Protocol):
             await self._drained.wait()
 
     def _reply(self, message: dict[str, Any]) -> None:
-        if self._transport.is_closing():
-            return
         try:
-            self._transport.write(pack(message))
+            frame = pack(message)
         except ProtocolError as exc:  # an answer above the frame limit
-            self._transport.write(pack({"id": message["id"], "error": exc.to_wire()}))
+            frame = pack({"id": message["id"], "error": exc.to_wire()})
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._outgoing += frame
+        if len(self._outgoing) >= TOGETHER_BYTES:
+            self._send()
+
+    def _send(self) -> None:
+        """Of many streams that grew in a step each has a frame: one write is for all of them."""
+        if self._outgoing and not self._transport.is_closing():
+            self._transport.write(bytes(self._outgoing))
+        self._outgoing.clear()
 
 
 def is_alive(os_pid: int) -> bool:

@@ -20,6 +20,8 @@ from llmos.kernel.wire import MAX_FRAME_BYTES, unpack
 _HEADER = struct.Struct(">I")
 PIECE_BYTES = 64 * 1024
 TAIL_BYTES = 8 << 20  # the most that is looked through for the last lines of a log
+MOST_OFFSET = 1 << 62  # beyond what a file can have the system calls it an error
+KEPT_OPEN = 256  # files that readers keep open at most: descriptors are the kernel's to share
 
 # fallocate(2): a hole takes no room and reads as zeros; it is made of whole blocks.
 KEEP_SIZE, PUNCH_HOLE = 1, 2
@@ -45,6 +47,9 @@ class Growth:
         future = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(pid, []).append(future)
         try:
+            if at_most_s is None:  # as most do: a timer would cost as much as the rest
+                await future
+                return
             async with asyncio.timeout(at_most_s):
                 await future
         except TimeoutError:
@@ -88,8 +93,7 @@ def read_bytes(path: Path, offset: int, most: int = PIECE_BYTES) -> bytes:
     except FileNotFoundError:
         return b""
     try:
-        # Beyond what a file can have the system would call it an error.
-        return os.pread(fd, most, offset) if offset < os.fstat(fd).st_size else b""
+        return os.pread(fd, most, offset) if offset < MOST_OFFSET else b""
     finally:
         os.close(fd)
 
@@ -146,28 +150,55 @@ def first_data(path: Path, offset: int) -> int:
         os.close(fd)
 
 
-def read_records(path: Path, offset: int) -> tuple[list[tuple[int, dict[str, Any]]], int]:
-    """Whole records from `offset`: [(where the next one begins, record)...], the new offset.
+class StreamReader:
+    """Reads one stream as it grows; keeps its file open where not too many are. Close it."""
 
-    Raises ProtocolError when `offset` is not where a record begins.
-    """
-    data = read_bytes(path, offset)
-    found: list[tuple[int, dict[str, Any]]] = []
-    at = 0
-    while len(data) - at >= 4:
-        (size,) = _HEADER.unpack_from(data, at)
-        if size > MAX_FRAME_BYTES:
-            raise ProtocolError(f"no record begins at offset {offset + at}")
-        if len(data) - at - 4 < size:
-            if not found and size + 4 > PIECE_BYTES:
-                data = read_bytes(path, offset, size + 4)
-                if len(data) == size + 4:
-                    continue
-            break
-        record = unpack(data[at + 4 : at + 4 + size])
-        at += 4 + size
-        found.append((offset + at, record))
-    return found, offset + at
+    _kept = 0  # files that are open, of all readers
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._fd = path, -1
+
+    def read(self, offset: int) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+        """Whole records from `offset`: [(where the next one begins, record)...], the new offset.
+
+        Raises ProtocolError when `offset` is not where a record begins.
+        """
+        data = self._bytes(offset, PIECE_BYTES)
+        found: list[tuple[int, dict[str, Any]]] = []
+        at = 0
+        while len(data) - at >= 4:
+            (size,) = _HEADER.unpack_from(data, at)
+            if size > MAX_FRAME_BYTES:
+                raise ProtocolError(f"no record begins at offset {offset + at}")
+            if len(data) - at - 4 < size:
+                if not found and size + 4 > PIECE_BYTES:
+                    data = self._bytes(offset, size + 4)
+                    if len(data) == size + 4:
+                        continue
+                break
+            record = unpack(data[at + 4 : at + 4 + size])
+            at += 4 + size
+            found.append((offset + at, record))
+        return found, offset + at
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            StreamReader._kept -= 1
+
+    def _bytes(self, offset: int, most: int) -> bytes:
+        if offset >= MOST_OFFSET:
+            return b""
+        if self._fd < 0:
+            if StreamReader._kept >= KEPT_OPEN:
+                return read_bytes(self._path, offset, most)
+            try:
+                self._fd = open_plain(self._path)
+            except FileNotFoundError:
+                return b""
+            StreamReader._kept += 1
+        return os.pread(self._fd, most, offset)
 
 
 def tail_offset(path: Path, lines: int) -> int:

@@ -9,7 +9,7 @@ from llmos.kernel import access, protocol
 from llmos.kernel.connection import Connection
 from llmos.kernel.errors import BadArgument
 from llmos.kernel.kernel import Kernel
-from llmos.kernel.streams import read_records
+from llmos.kernel.streams import StreamReader
 from llmos.kernel.syscalls.wait import outcome
 
 
@@ -27,20 +27,23 @@ async def handle(
         client.attached.add(proc.pid)
     if request.at_end:
         await kernel.changed(proc.pid, lambda p: not p.live, None)
-    path, offset = kernel.home.work(proc.pid) / "stream", request.offset
-    while True:
-        # Asked before reading: what is written after the read is seen in the next round.
-        ended = not proc.live
-        records, offset = read_records(path, offset)
-        for after, record in records:
-            yield "item", {"offset": after, "record": record}
-        if records:
-            continue
-        if not request.follow:
-            yield "end", {"offset": offset}
-            return
-        if ended:
-            yield "end", outcome(proc)
-            return
-        await kernel.growth.wait(proc.pid)
-        kernel.core.m.find(proc.pid)  # a process that was refused is not there any more
+    reader, offset = StreamReader(kernel.home.work(proc.pid) / "stream"), request.offset
+    try:
+        while True:
+            # Asked before reading: what is written after the read is seen in the next round.
+            ended = not proc.live
+            records, offset = reader.read(offset)
+            for after, record in records:
+                yield "item", {"offset": after, "record": record}
+            if records:
+                continue
+            if not request.follow:
+                yield "end", {"offset": offset}
+                return
+            if ended:
+                yield "end", outcome(proc)
+                return
+            await kernel.growth.wait(proc.pid)
+            kernel.core.m.find(proc.pid)  # a process that was refused is not there any more
+    finally:
+        reader.close()

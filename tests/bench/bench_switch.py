@@ -24,7 +24,10 @@ from llmos.shell import Client
 from llmos.shell.home import Home
 from llmos.shell.launch import boot, wait_gone
 
-WORDS = "once upon a time there was little girl who liked to play in the park with her dog".split()
+WORDS = (
+    "once", "upon", "a", "time", "there", "was", "little", "girl", "who", "liked", "to", "play",
+    "in", "the", "park", "with", "her", "dog",
+)  # fmt: skip
 MADE = 8  # tokens of an answer
 MIB = 2**20
 LOOK_S = 4.0  # after so long the kernel has measured what has grown
@@ -103,8 +106,9 @@ def measure(client: Client, args: argparse.Namespace) -> None:
             bench.close(new)
     for (model, what), seconds in sorted(found.items()):
         share = statistics.median(kept[model, what])
-        print(f"{model:<16} {what:<8} first token {statistics.median(seconds) * 1e3:7.0f} ms "
-              f"(worst {max(seconds) * 1e3:.0f})   {share:4.0%} of the conversation kept")  # fmt: skip
+        middle, worst = statistics.median(seconds) * 1e3, max(seconds) * 1e3
+        print(f"{model:<16} {what:<8} first token {middle:7.0f} ms (worst {worst:.0f})   "
+              f"{share:4.0%} of the conversation kept")  # fmt: skip
     for chat in chats:
         print(f"{Path(chat.model).name:<16} conversation: {chat.last['prompt_tokens']} tokens")
         bench.close(chat)

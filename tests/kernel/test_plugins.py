@@ -73,7 +73,11 @@ MISBEHAVIOURS = [
     ("is_killed", r"service rogue was killed by SIGKILL while it served is_killed", True),
     ("crashes", r"service rogue was killed by SIGSEGV while it served crashes", True),
     ("leaks", r"service rogue outgrew its limit of 100 MiB of memory \(it had \d+\) while", True),
-    ("asks_for_too_much", r"rogue\.asks_for_too_much asked for more than its limit of 100 MiB", False),
+    (
+        "asks_for_too_much",
+        r"rogue\.asks_for_too_much asked for more than its limit of 100 MiB",
+        False,
+    ),
     ("returns_a_set", r"rogue\.returns_a_set returned what cannot be sent \(TypeError", False),
     ("returns_too_much", r"rogue\.returns_too_much returned more than 16 MiB", False),
     ("writes_on_its_connection", r"service rogue wrote what is not the protocol on its conn", True),

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos.drivers.worker.stream import Stream, whole_records
+from llmos.kernel import streams
 from llmos.kernel.errors import ProtocolError
-from llmos.kernel.streams import PIECE_BYTES, Growth, read_bytes, read_records, tail_offset
+from llmos.kernel.streams import (
+    KEPT_OPEN,
+    PIECE_BYTES,
+    Growth,
+    StreamReader,
+    read_bytes,
+    tail_offset,
+)
 from llmos.kernel.wire import pack
+
+
+def read_records(path: Path, offset: int) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    """By a reader that reads once."""
+    with contextlib.closing(StreamReader(path)) as reader:
+        return reader.read(offset)
 
 
 def everything(path: Path, offset: int = 0) -> list[int]:
@@ -134,3 +150,20 @@ def test_who_looks_in_vain_leaves_nothing_behind() -> None:
         await waits
 
     asyncio.run(go())
+
+
+def test_a_reader_finds_what_its_file_has_grown_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kept in (KEPT_OPEN, 0):  # with its file open, and without
+        monkeypatch.setattr(streams, "KEPT_OPEN", kept)
+        path = tmp_path / f"stream-{kept}"
+        with contextlib.closing(StreamReader(path)) as reader:
+            assert reader.read(0) == ([], 0), "not there yet"
+            offset = 0
+            for number in range(3):
+                with path.open("ab") as file:
+                    file.write(pack({"number": number}))
+                found, offset = reader.read(offset)
+                assert [record["number"] for _, record in found] == [number]
+    assert StreamReader._kept == 0
