@@ -57,30 +57,41 @@ class Share:
 
 
 class Pace:
-    """How many tokens of prompts a step may have, so that they make it longer by so much; learned
-    from the steps before."""
+    """How many tokens of prompts a step may have, so that they make it longer by so much.
+
+    A step takes so long whatever is in it, and so long more for each token of a prompt. The second
+    is the slope of a line through the last steps, with prompts and without; it stays as it is while
+    all of them are alike.
+    """
 
     def __init__(self, tokens_per_s: float = 2000.0) -> None:
-        self._rate = tokens_per_s
-        self._bare_s = 0.0  # a step without prompts
+        self._each_s = 1 / tokens_per_s
+        self._steps = 0
+        self._piece = self._seconds = 0.0  # means of the last steps
+        self._spread = self._joint = 0.0  # variance of the pieces, covariance with the seconds
 
     def took(self, piece: int, seconds: float) -> None:
-        """A step with so many tokens of prompts is done. What decoding takes of it is not
-        theirs."""
-        if piece == 0:
-            self._bare_s += 0.2 * (seconds - self._bare_s)
-        elif piece >= LEAST_PIECE:
-            spent_s = max(seconds - self._bare_s, seconds / 4)
-            self._rate += 0.3 * (piece / spent_s - self._rate)
+        """A step with so many tokens of prompts is done."""
+        self._steps += 1
+        weight = max(0.05, 1 / self._steps)
+        x, y = piece - self._piece, seconds - self._seconds
+        self._piece += weight * x
+        self._seconds += weight * y
+        self._spread = (1 - weight) * (self._spread + weight * x * x)
+        self._joint = (1 - weight) * (self._joint + weight * x * y)
+        if self._spread > (LEAST_PIECE / 2) ** 2:
+            slope = self._joint / self._spread
+            slope = min(max(slope, self._each_s / 2), self._each_s * 2)  # a step that was disturbed
+            self._each_s += 0.3 * (slope - self._each_s)
 
     @property
     def tokens_per_s(self) -> float:
-        return self._rate
+        return 1 / self._each_s
 
     def piece(self, decoding: int) -> int:
         """Tokens of prompts in a step in which so many decode."""
         seconds = STEP_S if decoding else ALONE_S
-        return int(min(MOST_PIECE, max(LEAST_PIECE, self._rate * seconds)))
+        return int(min(MOST_PIECE, max(LEAST_PIECE, seconds / self._each_s)))
 
 
 def plan(candidates: Sequence[Candidate], pace: Pace) -> list[Share]:
