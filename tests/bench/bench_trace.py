@@ -5,11 +5,14 @@
 
 TRACE has the columns TIMESTAMP, ContextTokens, GeneratedTokens (Azure's, 2023). A window of it is
 taken; lengths are scaled so that its longest texts fill MODEL's context, and its arrivals, as they
-were spaced, so that they are `--load` of what the engine does when all wait for it. Prompts are
-random ids that share nothing. TEXT is pretrained on in the background. The parts of a round are:
-the requests alone; then, for each floor (`batch_share` of the kernel's configuration), the requests
-beside a training. Printed, over all rounds: time to the first token, gaps between tokens, and how
-much of the time that the requests left the training has used, by steps, against its rate alone.
+were spaced, so that the engine alone is busy for `--load` of the time (tried out first: a step with
+few requests takes about as long as one with many, so half the rate is much more than half the
+time). Prompts are random ids that share nothing. TEXT is pretrained on in the background.
+
+The parts of a round are: the requests alone; then, for each floor (`batch_share` of the kernel's
+configuration), the requests beside a training. Printed, over all rounds: time to the first token,
+gaps between tokens, and how much of the time that the requests left the training has used, by
+steps, against its rate alone.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ TRAINING: dict[str, Any] = {
     "save_every": "10000000", "out": "background",
 }  # fmt: skip
 ALONE_S = 15.0  # the training's rate with nobody there
-AT_ONCE = 32  # requests that wait while the engine's rate is measured
+TRIAL_S, TRIALS = 12.0, 5  # to find the rate of a load
 LONGEST = 0.99  # the quantile of a text's length that just fills the context
 
 
@@ -103,19 +106,16 @@ class Bench:
 
     # ---- requests ----
 
-    async def ask(self, requests: list[Request], at_once: int = 0) -> Heard:
-        """Each at its time, or, with `at_once`, as soon as fewer are on their way."""
+    async def ask(self, requests: list[Request]) -> Heard:
+        """Each at its time."""
         heard, rng = Heard(), random.Random(1)
-        room = asyncio.Semaphore(at_once or len(requests))
         async with AsyncClient(self.home) as client:
             began = time.perf_counter()
 
             async def one(request: Request, ids: list[int]) -> None:
-                async with room:
-                    if not at_once:
-                        await asyncio.sleep(began + request.at - time.perf_counter())
-                        heard.late_s.append(time.perf_counter() - began - request.at)
-                    await self.hear(client, request, ids, heard)
+                await asyncio.sleep(began + request.at - time.perf_counter())
+                heard.late_s.append(time.perf_counter() - began - request.at)
+                await self.hear(client, request, ids, heard)
 
             prompts = [[rng.randrange(5, self.vocabulary - 5) for _ in range(r.prompt)]
                        for r in requests]  # fmt: skip
@@ -133,11 +133,12 @@ class Bench:
         heard.first_s.append(stamps[0] - began)
         heard.gaps_s += [b - a for a, b in itertools.pairwise(stamps)]
 
-    def rate(self, requests: list[Request]) -> float:
-        """Requests per second that the engine does when all wait for it."""
-        began = time.perf_counter()
-        asyncio.run(self.ask(requests, AT_ONCE))
-        return len(requests) / (time.perf_counter() - began)
+    def busy(self, requests: list[Request]) -> float:
+        """The share of the time that the engine computes, with nobody else there."""
+        with Client(self.home) as client:
+            before, began = self.busy_s(client), time.perf_counter()
+            asyncio.run(self.ask(requests))
+            return (self.busy_s(client) - before) / (time.perf_counter() - began)
 
     # ---- the training ----
 
@@ -161,6 +162,28 @@ class Bench:
         """Seconds of the device that requests have had so far."""
         rows = [r for r in client.ps(all=True) if r["program"] == "infer"]
         return sum(float(r["device_seconds"]) for r in rows)
+
+
+def window(bench: Bench, count: int, skip: int, seconds: float) -> list[Request]:
+    """So many requests of the trace in so many seconds."""
+    requests = read_trace(bench.args.trace, bench.context, count, skip)
+    stretch = seconds / requests[-1].at
+    return [Request(r.at * stretch, r.prompt, r.tokens) for r in requests]
+
+
+def rate_of(bench: Bench) -> float:
+    """Requests per second of the load that is wanted."""
+    rate, low, high = 8.0, 0.0, float("inf")
+    with bench.kernel(0.0):
+        for _ in range(TRIALS):
+            busy = bench.busy(window(bench, max(20, int(rate * TRIAL_S)), 0, TRIAL_S))
+            print(f"{rate:.1f} requests/s keep the engine busy for {busy:.0%}", flush=True)
+            found = rate
+            if abs(busy - bench.args.load) < 0.03:
+                break
+            low, high = (rate, high) if busy < bench.args.load else (low, rate)
+            rate = min(rate * bench.args.load / busy, rate * 3) if high > 1e9 else (low + high) / 2
+    return found
 
 
 def beside(bench: Bench, requests: list[Request], floor: float) -> tuple[Heard, float, float]:
@@ -211,20 +234,13 @@ def main() -> None:
     args = parser.parse_args()
     args.model, args.text = os.path.abspath(args.model), os.path.abspath(args.text)
     bench = Bench(args)
-    with bench.kernel(0.0):
-        sample = read_trace(args.trace, bench.context, 200, 0)
-        bench.rate(sample[:40])
-        rate = statistics.median(bench.rate(sample) for _ in range(3))
-    count = max(20, int(rate * args.load * args.seconds))
-    print(f"the engine alone does {rate:.1f} requests/s; parts of {count} requests at "
-          f"{rate * args.load:.1f}/s")  # fmt: skip
+    rate = rate_of(bench)
+    count = max(20, int(rate * args.seconds))
     alone, kept = Heard(), {floor: [] for floor in args.floors}
     with_training = {floor: Heard() for floor in args.floors}
     used: list[float] = []
     for number in range(args.rounds):
-        requests = read_trace(args.trace, bench.context, count, number * count)
-        stretch = args.seconds / requests[-1].at
-        requests = [Request(r.at * stretch, r.prompt, r.tokens) for r in requests]
+        requests = window(bench, count, number * count, args.seconds)
         with bench.kernel(0.0):
             add(alone, asyncio.run(bench.ask(requests)))
         for floor in args.floors:
