@@ -92,7 +92,8 @@ class Client(asyncio.Protocol):
         self._drained = asyncio.Event()
         self._drained.set()
         self._again: asyncio.Handle | None = None
-        self._outgoing = bytearray()  # frames that go out together, at the end of this turn
+        self._outgoing: list[bytes] = []  # frames that go out together, at the end of this turn
+        self._outgoing_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -301,17 +302,19 @@ class Client(asyncio.Protocol):
             frame = pack(message)
         except ProtocolError as exc:  # an answer above the frame limit
             frame = pack({"id": message["id"], "error": exc.to_wire()})
-        if not self._outgoing:
+        if not self._outgoing and len(frame) < TOGETHER_BYTES:
             asyncio.get_running_loop().call_soon(self._send)
-        self._outgoing += frame
-        if len(self._outgoing) >= TOGETHER_BYTES:
+        self._outgoing.append(frame)
+        self._outgoing_bytes += len(frame)
+        if self._outgoing_bytes >= TOGETHER_BYTES:
             self._send()
 
     def _send(self) -> None:
         """Of many streams that grew in a step each has a frame: one write is for all of them."""
         if self._outgoing and not self._transport.is_closing():
-            self._transport.write(bytes(self._outgoing))
+            self._transport.write(b"".join(self._outgoing))
         self._outgoing.clear()
+        self._outgoing_bytes = 0
 
 
 def is_alive(os_pid: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import stat
 import struct
 from pathlib import Path
@@ -21,7 +22,9 @@ _HEADER = struct.Struct(">I")
 PIECE_BYTES = 64 * 1024
 TAIL_BYTES = 8 << 20  # the most that is looked through for the last lines of a log
 MOST_OFFSET = 1 << 62  # beyond what a file can have the system calls it an error
-KEPT_OPEN = 256  # files that readers keep open at most: descriptors are the kernel's to share
+
+# Files that readers keep open at most: connections and workers need descriptors, too.
+KEPT_OPEN = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 
 # fallocate(2): a hole takes no room and reads as zeros; it is made of whole blocks.
 KEEP_SIZE, PUNCH_HOLE = 1, 2
@@ -198,7 +201,10 @@ class StreamReader:
             except FileNotFoundError:
                 return b""
             StreamReader._kept += 1
-        return os.pread(self._fd, most, offset)
+        found = os.pread(self._fd, most, offset)
+        if not found and os.fstat(self._fd).st_nlink == 0:
+            self.close()  # somebody has removed it; whoever writes has made another
+        return found
 
 
 def tail_offset(path: Path, lines: int) -> int:

@@ -74,6 +74,11 @@ class Link:
                 self._kept[self._seq] = message
             self._send(message)
 
+    def deliver(self, message: dict[str, Any]) -> None:
+        """Put a message into the inbox as if the kernel had sent it. In any thread."""
+        self.inbox.put(message)
+        os.eventfd_write(self.bell, 1)
+
     def wait(self, on: tuple[int, ...], at_most_s: float | None) -> None:
         """Until a message has come, one of the descriptors can be read, or the time is over."""
         poll = select.poll()
@@ -155,8 +160,7 @@ class Link:
                     # Read by the clock in the middle of a step: not only between steps.
                     self.held_s = message.get("held_s", self.held_s)
                     if not self._hears(message):
-                        self.inbox.put(message)
-                        os.eventfd_write(self.bell, 1)
+                        self.deliver(message)
         with self._lock:
             if self._connection is connection:
                 self._connection = None

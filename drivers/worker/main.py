@@ -185,7 +185,7 @@ class Worker:
         self.program.load(self)
         self.keeping.restore()
         if cls.ends_in_order:
-            on_term(lambda: self.link.inbox.put({"k": "stop"}))
+            on_term(lambda: self.link.deliver({"k": "stop"}))
         self.loaded = True
         self.link.post({"k": "loaded", **self.on_device.bytes()}, keep=True)
 

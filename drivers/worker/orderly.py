@@ -15,11 +15,12 @@ from collections.abc import Callable
 
 
 def on_term(ask: Callable[[], None]) -> None:
-    """`ask` is called, in a thread, for the first SIGTERM; a second one ends the process at once.
+    """`ask` is called, in a thread, for the first SIGTERM; a second one kills the process.
 
-    In the main thread only.
+    In the main thread only. Children that are forked from now on end by a SIGTERM, as all do.
     """
     read, write = os.pipe()
+    os.register_at_fork(before=_hold, after_in_parent=_go_on, after_in_child=_leave)
     os.set_blocking(write, False)
     # It is never undone: a worker has one program, and ends with it.
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -32,7 +33,23 @@ def _listen(read: int, ask: Callable[[], None]) -> None:
     while number := os.read(read, 1):
         if number[0] != signal.SIGTERM:
             continue
-        if asked:
-            os._exit(128 + signal.SIGTERM)
+        if asked:  # by a signal, so that what it has started is ended, too
+            os.kill(os.getpid(), signal.SIGKILL)
         asked = True
         ask()
+
+
+def _hold() -> None:
+    """Around a fork: a child that takes the signal too early would write for its parent."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _go_on() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _leave() -> None:
+    """In a child: the pipe is its parent's."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _go_on()

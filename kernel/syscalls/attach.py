@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llmos.kernel import access, protocol
@@ -15,7 +15,7 @@ from llmos.kernel.syscalls.wait import outcome
 
 async def handle(
     kernel: Kernel, request: protocol.Attach, client: Connection
-) -> AsyncIterator[tuple[str, Any]]:
+) -> AsyncGenerator[tuple[str, Any], None]:
     if request.offset < 0:
         raise BadArgument(f"offset is 0 or more, not {request.offset}")
     if request.pid not in kernel.core.m.procs:

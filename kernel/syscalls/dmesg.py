@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llmos.kernel import protocol
@@ -14,7 +14,7 @@ from llmos.kernel.kernel import Kernel
 
 async def handle(
     kernel: Kernel, request: protocol.Dmesg, client: Connection
-) -> AsyncIterator[tuple[str, Any]]:
+) -> AsyncGenerator[tuple[str, Any], None]:
     if request.level not in LEVELS:
         raise BadArgument(f"level is one of {', '.join(LEVELS)}, not {request.level!r}")
     log, since = kernel.dmesg, request.since

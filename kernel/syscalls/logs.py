@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from llmos.kernel import protocol
@@ -17,7 +17,7 @@ LOOK_S = 0.2
 
 async def handle(
     kernel: Kernel, request: protocol.Logs, client: Connection
-) -> AsyncIterator[tuple[str, Any]]:
+) -> AsyncGenerator[tuple[str, Any], None]:
     if request.offset < 0:
         raise BadArgument(f"offset is 0 or more, not {request.offset}")
     proc = kernel.core.m.find(request.pid)

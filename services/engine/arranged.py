@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmos.services.engine.fused import fuse
+from llmos.services.engine.native.build import processor
 from llmos.services.engine.native.weights import kernels
 from llmos.services.engine.panels import PanelEmbedding, PanelLinear, PanelNorm, Panels
 from llmos.services.model.load import code_is_allowed
@@ -57,7 +58,10 @@ def takes_panels(model_type: str, kind: str, device: str) -> bool:
     if device != "cpu" or model_type not in PANEL_TYPES:
         return False
     found = kernels()
-    return found is not None and kind in found.kinds
+    if found is None or kind not in found.kinds:
+        return False
+    # Where these kernels cannot have the matrix unit (an old compiler, a sandbox), oneDNN may.
+    return kind != "bfloat16" or found.has_unit or "amx_bf16" not in processor().split()
 
 
 def arranged(config: PreTrainedConfig, kind: str, dtype: torch.dtype) -> Any:

@@ -59,9 +59,9 @@ class Share:
 class Pace:
     """How many tokens of prompts a step may have, so that they make it longer by so much.
 
-    A step takes so long whatever is in it, and so long more for each token of a prompt. The second
-    is the slope of a line through the last steps, with prompts and without; it stays as it is while
-    all of them are alike.
+    A token's part is the slope of a line through the last steps, with prompts and without. Where
+    they are too much alike for a slope it stays, as far as the step that was measured allows: the
+    tokens took no more than the whole of it, and hardly less than a quarter.
     """
 
     def __init__(self, tokens_per_s: float = 2000.0) -> None:
@@ -79,10 +79,13 @@ class Pace:
         self._seconds += weight * y
         self._spread = (1 - weight) * (self._spread + weight * x * x)
         self._joint = (1 - weight) * (self._joint + weight * x * y)
-        if self._spread > (LEAST_PIECE / 2) ** 2:
-            slope = self._joint / self._spread
-            slope = min(max(slope, self._each_s / 2), self._each_s * 2)  # a step that was disturbed
-            self._each_s += 0.3 * (slope - self._each_s)
+        if piece < LEAST_PIECE:
+            return
+        is_alike = self._spread < (LEAST_PIECE / 8) ** 2
+        slope = self._each_s if is_alike else self._joint / self._spread
+        most_s = seconds / piece
+        slope = min(max(slope, most_s / 4), most_s)
+        self._each_s += 0.3 * (slope - self._each_s)
 
     @property
     def tokens_per_s(self) -> float:

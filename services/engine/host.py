@@ -25,6 +25,7 @@ from llmos.services.engine.embedding import EmbedSession
 from llmos.services.engine.loaded import Loaded
 from llmos.services.engine.memories import Memories, is_in_file
 from llmos.services.engine.model import ALL, LAST, NOTHING, Work
+from llmos.services.engine.native.weights import alone
 from llmos.services.engine.plan import kv_budget
 from llmos.services.engine.replay import replay
 from llmos.services.engine.sampling import Choice, choose, score
@@ -91,6 +92,16 @@ class Host:
         began_s = ctx.clock()
         self._steps += 1
         works = [w for part in parts for w in part.works]
+        with alone() if parts[0].session.exact else contextlib.nullcontext():
+            self._compute(ctx, parts, works, began_s)
+        piece = sum(len(w.ids) for part in parts if part.piece for w in part.works)
+        self._pace.took(piece, ctx.clock() - began_s)
+        shares = {
+            part.session.guest.pid: float(sum(len(w.ids) for w in part.works)) for part in parts
+        }
+        return Report(self._steps, shares=shares)
+
+    def _compute(self, ctx: Context, parts: list[Part], works: list[Work], began_s: float) -> None:
         kind = parts[0].session.kind
         if kind == EmbedSession.kind:
             self._embed(ctx, parts, works)
@@ -99,12 +110,6 @@ class Host:
         else:
             scores = self._loaded.model.forward(works)
             self._after(ctx, parts, scores, began_s)
-        piece = sum(len(w.ids) for part in parts if part.piece for w in part.works)
-        self._pace.took(piece, ctx.clock() - began_s)
-        shares = {
-            part.session.guest.pid: float(sum(len(w.ids) for w in part.works)) for part in parts
-        }
-        return Report(self._steps, shares=shares)
 
     def _parts(self, ctx: Context) -> list[Part]:
         """The next step's work. Who finds no room waits; whoever is less urgent makes room for
@@ -120,9 +125,9 @@ class Host:
         if runnable and not whole:
             # Whoever it is for finds no room beside somebody more urgent, who goes first then.
             first = min(runnable, key=lambda s: s.guest.rank)
-            alone = self._part(first, min(first.pending, batch.LEAST_PIECE))
-            if alone is not None:
-                return [alone]
+            part = self._part(first, min(first.pending, batch.LEAST_PIECE))
+            if part is not None:
+                return [part]
             self._give_up(ctx, first)
         return whole
 

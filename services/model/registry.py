@@ -135,9 +135,10 @@ class ModelRegistry(Service):
 
     @call
     def rm(self, name: str) -> dict[str, Any]:
-        """Delete a model and its files. Raises Busy while a process uses it."""
+        """Delete a model and its files. Raises Busy while a process, or an adapter, needs it."""
         folder = self._find(name)
         self._check_unused(name, folder)
+        self._check_no_base(name)
         freed_bytes = sum(s.st_size for s in _stats(folder) if s.st_nlink == 1)
         # Out of the listing at once; what is left of a crash here is cleaned at the next start.
         aside = self.folder / f"{PARTIAL}removed-{name}"
@@ -159,6 +160,14 @@ class ModelRegistry(Service):
         what = first["program"] if guests else "engine, loaded"
         raise Busy(f"model {name!r} is in use by process {first['pid']} ({what}){more}",
                    f"`llmos {end}` ends it")  # fmt: skip
+
+    def _check_no_base(self, name: str) -> None:
+        """An adapter is of no use without its model."""
+        on_it = [entry["name"] for entry in self.ls() if entry["base"] == name]
+        if on_it:
+            more = f" and {len(on_it) - 1} more" if len(on_it) > 1 else ""
+            raise Busy(f"the adapter {on_it[0]!r}{more} cannot run without model {name!r}",
+                       f"`llmos models rm {on_it[0]}` removes it")  # fmt: skip
 
     def _find(self, name: str) -> Path:
         folder = self.folder / _valid_name(name)

@@ -19,6 +19,7 @@ from llmos.kernel.streams import (
     PIECE_BYTES,
     Growth,
     StreamReader,
+    open_plain,
     read_bytes,
     tail_offset,
 )
@@ -152,18 +153,34 @@ def test_who_looks_in_vain_leaves_nothing_behind() -> None:
     asyncio.run(go())
 
 
+def grow(path: Path, number: int) -> None:
+    with path.open("ab") as file:
+        file.write(pack({"number": number}))
+
+
+def numbers(found: tuple[list[tuple[int, dict[str, Any]]], int]) -> list[int]:
+    return [record["number"] for _, record in found[0]]
+
+
+@pytest.mark.parametrize("kept", [KEPT_OPEN, 0], ids=["open", "opened each time"])
 def test_a_reader_finds_what_its_file_has_grown_by(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    for kept in (KEPT_OPEN, 0):  # with its file open, and without
-        monkeypatch.setattr(streams, "KEPT_OPEN", kept)
-        path = tmp_path / f"stream-{kept}"
-        with contextlib.closing(StreamReader(path)) as reader:
-            assert reader.read(0) == ([], 0), "not there yet"
-            offset = 0
-            for number in range(3):
-                with path.open("ab") as file:
-                    file.write(pack({"number": number}))
-                found, offset = reader.read(offset)
-                assert [record["number"] for _, record in found] == [number]
+    monkeypatch.setattr(streams, "KEPT_OPEN", kept)
+    path, opened = tmp_path / "stream", []
+    monkeypatch.setattr(streams, "open_plain", lambda p: opened.append(p) or open_plain(p))
+    with contextlib.closing(StreamReader(path)) as reader:
+        assert reader.read(0) == ([], 0), "not there yet"
+        opened.clear()
+        offset = 0
+        for number in range(3):
+            grow(path, number)
+            found = reader.read(offset)
+            assert numbers(found) == [number]
+            offset = found[1]
+        assert len(opened) == (1 if kept else 3)
+        path.unlink()
+        assert reader.read(offset) == ([], offset)
+        grow(path, 7)
+        assert numbers(reader.read(0)) == [7], "another file took its place"
     assert StreamReader._kept == 0

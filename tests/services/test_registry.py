@@ -92,6 +92,10 @@ def test_an_adapter_names_its_base_as_this_home_does(
         "mine": ("adapter", "base", 6),
         "theirs": ("adapter", "org/model", 6),
     }
+    with pytest.raises(Busy, match="adapter 'mine' cannot run without model 'base'"):
+        registry.rm("base")
+    registry.rm("mine")
+    assert registry.rm("base")["freed_bytes"] > 0
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../up", "with space", "x" * 129, "naïve"])

@@ -211,18 +211,20 @@ const Multiply MULTIPLY[3][2][MOST_ROWS] = {
 #ifdef MATRIX_UNIT
 // ---- the same by the matrix unit (AMX), for many tokens of bfloat16 ----
 //
-// Sixteen lines of a half panel are one of its tiles as they lie: 16 pairs of inputs, 16 outputs.
-// It adds the products of a tile in another order than AVX-512 does.
+// Sixteen lines of a half panel are one of its registers as they lie: 16 pairs of inputs, 16
+// outputs. It adds products in another order than AVX-512 does.
 
-constexpr int64_t UNIT_ROWS = 32;    // tokens at once: two tiles of 16
-constexpr int64_t UNIT_INPUTS = 32;  // inputs of a tile
+constexpr int64_t UNIT_ROWS = 32;    // tokens at once: two registers of 16
+constexpr int64_t UNIT_INPUTS = 32;  // inputs of a register
 constexpr int64_t UNIT_FROM = 8;     // tokens from which it is the faster one
 
-struct alignas(64) TileShapes {
+struct alignas(64) UnitShapes {
     uint8_t palette = 1, start = 0, unused[14] = {};
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
 };
+
+bool unit_is_wanted = true;
 
 // Linux gives its registers to a process that asks.
 bool unit_is_there() {
@@ -231,22 +233,24 @@ bool unit_is_there() {
     return found;
 }
 
-// Tiles 0-3 are sums of (tokens, outputs): two and two; 4 and 5 are tokens, 6 and 7 weights.
-void shape_tiles(int64_t rows) {
-    TileShapes shapes;
+// Registers 0-3 are sums of (tokens, outputs): two and two; 4 and 5 are tokens, 6 and 7 weights.
+void shape_unit(int64_t rows) {
+    UnitShapes shapes;
     for (int t = 0; t < 8; ++t) shapes.bytes[t] = 64;
     const uint8_t first = std::min<int64_t>(rows, 16), second = std::max<int64_t>(rows - 16, 1);
     shapes.rows[0] = shapes.rows[1] = shapes.rows[4] = first;
     shapes.rows[2] = shapes.rows[3] = shapes.rows[5] = second;
     shapes.rows[6] = shapes.rows[7] = 16;
+    asm volatile("" ::: "memory");  // GCC 12 is told of the first 8 bytes only
     _tile_loadconfig(&shapes);
 }
 
-// The tiles have the shapes for `rows` tokens.
+// The registers have the shapes for `rows` tokens.
 void multiply_by_unit(int64_t k, const Tokens& x, int64_t row, int64_t rows, const Panel* panels,
                       int count, Sums* out) {
     const bf16* tokens = static_cast<const bf16*>(x.data) + row * x.stride;
-    const bf16* later = tokens + 16 * x.stride;
+    const bf16* later = rows > 16 ? tokens + 16 * x.stride : tokens;
+    asm volatile("" ::: "memory");  // what the unit reads is not told to the compiler
     for (int p = 0; p < count; ++p) {
         _tile_zero(0);
         _tile_zero(1);
@@ -272,6 +276,7 @@ void multiply_by_unit(int64_t k, const Tokens& x, int64_t row, int64_t rows, con
             _tile_stored(3, &out[16][2 * p + 1], sizeof(Sums));
         }
     }
+    asm volatile("" ::: "memory");
 }
 #endif
 
@@ -309,16 +314,16 @@ void tiles(const Matrix& w, const Tokens& x, Share rows, const Panel* panels, in
            Done done) {
 #ifdef MATRIX_UNIT
     if (w.kind == BFLOAT16 && rows.to - rows.from >= UNIT_FROM && w.k % UNIT_INPUTS == 0 &&
-        unit_is_there()) {
+        unit_is_wanted && unit_is_there()) {
         Sums sums[UNIT_ROWS];
         int64_t shaped = 0;
         for (int64_t row = rows.from; row < rows.to; row += UNIT_ROWS) {
             const int64_t number = std::min(UNIT_ROWS, rows.to - row);
-            if (number != shaped) shape_tiles(shaped = number);
+            if (number != shaped) shape_unit(shaped = number);
             multiply_by_unit(w.k, x, row, number, panels, count, sums);
             done(row, number, sums);
         }
-        _tile_release();  // a thread that holds tiles is dearer to switch
+        _tile_release();  // a thread that holds its registers is dearer to switch
         return;
     }
 #endif
@@ -651,6 +656,16 @@ int64_t llmos_kinds() {
     return 1 << FLOAT32 | 1 << BFLOAT16 | 1 << INT8;
 #else
     return 1 << FLOAT32 | 1 << INT8;
+#endif
+}
+// Whether there is a matrix unit for bfloat16 here; with `wanted` 0 it is not used from now on: the
+// numbers of a token are then the same whatever is computed with it.
+int64_t llmos_matrix_unit(int wanted) {
+#ifdef MATRIX_UNIT
+    unit_is_wanted = wanted;
+    return unit_is_there();
+#else
+    return 0;
 #endif
 }
 int64_t llmos_layer_bytes() { return sizeof(Layer); }

@@ -83,6 +83,36 @@ def test_the_pace_is_what_prompts_add_to_a_step() -> None:
     assert pace.piece(decoding=4) == pytest.approx(2000 * batch.STEP_S, rel=0.05)
 
 
+def after(steps: list[tuple[int, float]], pace: Pace | None = None) -> Pace:
+    pace = pace or Pace()
+    for piece, seconds in steps:
+        pace.took(piece, seconds)
+    return pace
+
+
+def test_a_pace_that_was_slow_is_not_so_for_ever() -> None:
+    pace = after([(32, 0.2)] * 300)
+    for _ in range(200):  # somebody always decodes, so that pieces are small
+        piece = pace.piece(decoding=1)
+        pace.took(0, 0.02)
+        pace.took(piece, 0.02 + piece / 8000)
+    assert pace.tokens_per_s == pytest.approx(8000, rel=0.2)
+
+
+@pytest.mark.parametrize("true", [50, 8000])
+def test_a_long_prompt_alone_teaches_as_much_as_it_can(true: float) -> None:
+    pace = Pace()
+    for _ in range(50):
+        piece = pace.piece(decoding=0)
+        pace.took(piece, 0.02 + piece / true)
+    assert true / 2 <= pace.tokens_per_s <= 4 * true
+
+
+def test_steps_that_contradict_each_other_do_not_carry_it_away() -> None:
+    pace = after([(0, 0.08), (64, 0.064)] * 3000)  # the fuller step is the shorter one
+    assert 500 < pace.tokens_per_s <= 4 * 1000.1
+
+
 candidates = st.lists(
     st.builds(
         Candidate,

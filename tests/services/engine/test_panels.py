@@ -91,6 +91,17 @@ def test_any_number_of_threads_gives_the_same_numbers(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+def test_without_the_matrix_unit_a_token_has_the_same_numbers_among_any() -> None:
+    needs("bfloat16")
+    torch.manual_seed(0)
+    layer = linear(torch.randn(96, 64).bfloat16().float(), None, "bfloat16", wide=True)
+    values = torch.randn(40, 64).bfloat16()
+    with native.alone():
+        apart = torch.cat([layer(row[None]) for row in values])
+        assert torch.equal(layer(values), apart)
+    torch.testing.assert_close(layer(values), apart, rtol=2e-6, atol=2e-5)
+
+
 def test_int8_of_a_row_of_zeros_is_zero_and_a_nan_is_not_hidden() -> None:
     weight = torch.randn(40, 16)
     weight[3] = 0
@@ -217,6 +228,25 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
         usual, found = source(input_ids=ids).logits.float(), model(input_ids=ids).logits
         exact = source.float()(input_ids=ids).logits
     assert found.dtype == torch.float32
+    assert (found - exact).norm() < 1.3 * (usual - exact).norm()
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 9, 16, 17, 32, 33, 337])
+def test_whole_layers_are_right_by_the_matrix_unit(tokens: int) -> None:
+    needs("bfloat16")
+    wide = {"hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 512}
+    source, model = both("llama", wide, "bfloat16", torch.bfloat16)
+    ids = torch.randint(0, SMALL["vocab_size"], (1, tokens))
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        usual, found = source(input_ids=ids).logits.float(), model(input_ids=ids).logits
+        exact = source.float()(input_ids=ids).logits
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(model(input_ids=ids).logits, found)
+        finally:
+            torch.set_num_threads(before)
     assert (found - exact).norm() < 1.3 * (usual - exact).norm()
 
 
