@@ -9,8 +9,8 @@ a prompt of its own, first with llmos (through the kernel's socket, then through
 with `transformers serve --continuous-batching`, both over HTTP with streaming, then with llama.cpp
 (its own batch, cache and sampler, in its process: no server, no text). Printed, medians over the
 rounds: tokens per second from the first request to the last token, time to the first token, gap
-between tokens, and the private memory of the servers. Answers that end by themselves are shorter
-for transformers: what it has made is what counts.
+between tokens, and the private memory of the servers. Tokens are counted by the servers;
+answers that end by themselves are shorter for transformers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ from bench_serving import Stamps, figures, holders, private_bytes
 from llmos.shell import AsyncClient, Client
 from llmos.shell.home import Home
 from llmos.shell.launch import boot, wait_gone
-
-Way = Callable[[list[list[int]]], list[Stamps]]
 
 
 class Texts:
@@ -69,11 +68,21 @@ class Texts:
 # ---- HTTP ----
 
 
-async def streamed(port: int, path: str, body: dict[str, Any]) -> Stamps:
-    """One request over a line of its own: when it was begun, and when each piece of text came."""
+@dataclass
+class Answered:
+    stamps: Stamps  # when it was begun, then when each piece of text came
+    tokens: int  # as the server counts them; else its pieces
+
+
+Way = Callable[[list[Any]], list[Answered]]
+
+
+async def streamed(port: int, path: str, body: dict[str, Any]) -> Answered:
+    """One request over a line of its own."""
     stamps = [time.perf_counter()]
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-    data = json.dumps({**body, "stream": True}).encode()
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    data = json.dumps({**body, **usage}).encode()
     writer.write(
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode()
@@ -81,17 +90,22 @@ async def streamed(port: int, path: str, body: dict[str, Any]) -> Stamps:
     )
     head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200"), head + await reader.read(1000)
+    tokens = 0
     async for line in reader:
         if line.startswith(b"data: {"):
-            choices = json.loads(line[6:]).get("choices") or [{}]
+            said = json.loads(line[6:])
+            assert "error" not in said, said
+            tokens = (said.get("usage") or {}).get("completion_tokens") or tokens
+            choices = said.get("choices") or [{}]
             if choices[0].get("text") or choices[0].get("delta", {}).get("content"):
                 stamps.append(time.perf_counter())
     writer.close()
-    return stamps
+    assert len(stamps) > 1, "an answer without text"
+    return Answered(stamps, max(tokens, len(stamps) - 1))
 
 
-def over_http(port: int, body: Callable[[Any], dict[str, Any]], asked: list[Any]) -> list[Stamps]:
-    async def go() -> list[Stamps]:
+def over_http(port: int, body: Callable[[Any], dict[str, Any]], asked: list[Any]) -> list[Answered]:
+    async def go() -> list[Answered]:
         return await asyncio.gather(*(streamed(port, "/v1/completions", body(a)) for a in asked))
 
     return asyncio.run(go())
@@ -108,28 +122,36 @@ class Llmos:
         (self.home.path / "models").mkdir(parents=True)
         (self.home.path / "models" / "model").symlink_to(args.model)
         self.kernel = int(boot(self.home)["kernel"]["os_pid"])
-        self._llmos("serve", "-d", "--port", "0")
+        dtype = ["--dtype", args.dtype] if args.dtype != "auto" else []
+        try:
+            self._llmos("serve", "-d", "--port", "0", *dtype)
+        except subprocess.CalledProcessError:
+            self.close()
+            raise
         status = json.loads(self._llmos("serve", "status", "--json"))
         self.port, self.gateway = int(status["url"].rsplit(":", 1)[1][:-3]), int(status["os_pid"])
 
-    def by_socket(self, asked: list[str]) -> list[Stamps]:
-        async def one(client: AsyncClient, text: str) -> Stamps:
+    def by_socket(self, asked: list[str]) -> list[Answered]:
+        async def one(client: AsyncClient, text: str) -> Answered:
             stamps = [time.perf_counter()]
             args = {"model": "model", "dtype": self.args.dtype, "prompt": text, "raw": True,
                     "max_tokens": self.args.tokens, "temperature": 0.0,
                     "ignore_eos": True}  # fmt: skip
             pid = await client.submit("infer", args, attached=True)
-            return stamps + [
-                time.perf_counter() async for r in client.attach(pid) if r["kind"] == "text"
-            ]
+            tokens = 0
+            async for record in client.attach(pid):
+                if record["kind"] == "text":
+                    tokens += len(record["tokens"])
+                    stamps.append(time.perf_counter())
+            return Answered(stamps, tokens)
 
-        async def go() -> list[Stamps]:
+        async def go() -> list[Answered]:
             async with AsyncClient(self.home.path) as client:
                 return await asyncio.gather(*(one(client, text) for text in asked))
 
         return asyncio.run(go())
 
-    def by_gateway(self, asked: list[str]) -> list[Stamps]:
+    def by_gateway(self, asked: list[str]) -> list[Answered]:
         body = {"model": "model", "max_tokens": self.args.tokens, "temperature": 0,
                 "ignore_eos": True}  # fmt: skip
         return over_http(self.port, lambda text: {**body, "prompt": text}, asked)
@@ -240,13 +262,19 @@ def llama_cpp(args: argparse.Namespace) -> Iterator[tuple[Way, Callable[[], str]
         to, said = process.stdin, process.stdout
         assert said.readline(), "llama.cpp has ended"
 
-        def run(asked: list[list[int]]) -> list[Stamps]:
+        def run(asked: list[list[int]]) -> list[Answered]:
             to.write(json.dumps(asked) + "\n")
             to.flush()
-            return list(json.loads(said.readline()))
+            return [Answered(stamps, len(stamps) - 1) for stamps in json.loads(said.readline())]
 
         yield run, lambda: f"{private_bytes(process.pid) >> 20} MiB"
         to.close()
+
+
+def summary(answers: list[Answered]) -> dict[str, float]:
+    found = figures([a.stamps for a in answers])
+    pieces = sum(len(a.stamps) - 1 for a in answers)
+    return {**found, "tokens/s": found["tokens/s"] * sum(a.tokens for a in answers) / pieces}
 
 
 def main() -> None:
@@ -267,13 +295,13 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         llmos = Llmos(args, stack.enter_context(tempfile.TemporaryDirectory(prefix="l")))
         stack.callback(llmos.close)
-        ways: dict[str, Callable[[list[str]], list[Stamps]]] = {
+        ways: dict[str, Way] = {
             "llmos, socket": llmos.by_socket, "llmos, gateway": llmos.by_gateway,
         }  # fmt: skip
         memories: dict[str, Callable[[], str]] = {"llmos": llmos.memory}
         if not args.without_transformers:
             serve, memory = stack.enter_context(transformers_serve(args))
-            ways["transformers serve"], memories["transformers serve"] = serve, memory  # type: ignore[assignment]
+            ways["transformers serve"], memories["transformers serve"] = serve, memory
         if args.gguf:
             run, memory = stack.enter_context(llama_cpp(args))
             name = f"llama.cpp {Path(args.gguf).stem.rpartition('-')[2]}"
@@ -286,14 +314,16 @@ def main() -> None:
             for seed in range(1, args.rounds + 1):
                 asked = texts.make(streams, args.prompt, seed * 1000 + streams)
                 for name, way in ways.items():
-                    rounds[name].append(figures(way(asked)))
+                    rounds[name].append(summary(way(asked)))
             print(f"\n{streams} streams, prompt {args.prompt}, {args.tokens} tokens, {args.dtype}")
             for name, found in rounds.items():
                 median = {k: statistics.median(r[k] for r in found) for k in found[0]}
                 shown = "  ".join(f"{k} {v:7.1f}" for k, v in median.items())
                 print(f"  {name:<20} {shown}", flush=True)
         for name, memory in memories.items():
-            print(f"private memory of {name}: {memory()}")
+            print(
+                f"memory of {name} alone (weights that are mapped from a file are not): {memory()}"
+            )
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ class Bare:
 class Served:
     def __init__(self, args: argparse.Namespace, folder: str, vocabulary: int) -> None:
         self.args, self.vocabulary = args, vocabulary
+        self._parts: dict[str, int] = {}  # OS processes, once there is an engine
         os.environ["LLMOS_HOME"] = folder
         self.home = Home.find()
         boot(self.home)
@@ -149,10 +150,12 @@ class Served:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far of whoever has a part in an answer."""
-        (engine,) = self.workers()
-        kernel = self._status("kernel")["os_pid"]
-        pids = {"engine": engine, "kernel": kernel, "client": os.getpid()}
-        return {name: spent_s(pid) for name, pid in pids.items()}
+        own = time.process_time()
+        if not self._parts:
+            (engine,) = self.workers()
+            self._parts = {"engine": engine, "kernel": self._status("kernel")["os_pid"]}
+            own = time.process_time()
+        return {"client": own, **{name: spent_s(pid) for name, pid in self._parts.items()}}
 
     def weigh(self) -> None:
         """As much weight for the kernel and the engine as this process has, on a busy machine."""
@@ -182,6 +185,7 @@ def holders(inodes: set[str]) -> set[int]:
 
 
 def spent_s(pid: int) -> float:
+    """In steps of 10 ms."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

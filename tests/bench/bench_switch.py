@@ -5,8 +5,8 @@
 MODELs are folders. The device has room for one engine. Chats take turns, so that each turn unloads
 the other's engine and loads its own; then the same conversations once more: with the model loaded
 and the chat's keys and values in it (warm), and from nothing (cold: a new process that is told the
-whole conversation). Printed: time from sending to the first token, medians over the rounds, and how
-many tokens of the conversation were not computed again.
+whole conversation, and whose engine has to be loaded). Printed: time from sending to the first
+token, medians over the rounds, and how much of the conversation was not computed again.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Bench:
         self.client.send(chat.pid, {"end": True})
         self.client.wait(chat.pid)
 
-    def say(self, chat: Chat, text: str) -> float:
+    def say(self, chat: Chat, text: str, began: float = 0.0) -> float:
         """-> seconds to the first token; returns when the turn is over."""
-        began, first, answer = time.perf_counter(), 0.0, ""
+        began, first, answer = began or time.perf_counter(), 0.0, ""
         self.client.send(chat.pid, {"prompt": text})
         for record in chat.stream:
             if record["kind"] == "text":
@@ -70,6 +70,9 @@ class Bench:
             if record["kind"] == "turn":
                 chat.last = record
                 break
+        else:
+            raise AssertionError("the chat has ended")
+        assert first, "a turn without text"
         told = {"role": "user", "content": text}, {"role": "assistant", "content": answer}
         chat.history.extend(told)
         return first
@@ -100,9 +103,10 @@ def measure(client: Client, args: argparse.Namespace) -> None:
             note("warm", chat, bench.say(chat, bench.text(4)))
     for _ in range(args.rounds):
         for chat in chats:
+            began = time.perf_counter()
             new = bench.open(chat.model)
             client.send(new.pid, {"history": chat.history})
-            note("cold", new, bench.say(new, bench.text(4)))
+            note("cold", new, bench.say(new, bench.text(4), began))
             bench.close(new)
     for (model, what), seconds in sorted(found.items()):
         share = statistics.median(kept[model, what])
