@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -21,7 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmos.kernel.errors import BadArgument, BadInput, Busy, NoSuchThing
+from llmos.kernel.errors import BadArgument, BadInput, Busy, NoSuchThing, NotAllowed
 from llmos.services.base import Service, call
 from llmos.services.engine import weight_files
 
@@ -137,6 +138,7 @@ class ModelRegistry(Service):
     def rm(self, name: str) -> dict[str, Any]:
         """Delete a model and its files. Raises Busy while a process, or an adapter, needs it."""
         folder = self._find(name)
+        self._check_own(name, folder)
         self._check_unused(name, folder)
         self._check_no_base(name)
         freed_bytes = sum(s.st_size for s in _stats(folder) if s.st_nlink == 1)
@@ -148,12 +150,21 @@ class ModelRegistry(Service):
         freed_bytes += weight_files.forget(self.home, folder)
         return {"name": name, "freed_bytes": freed_bytes}
 
+    def _check_own(self, name: str, folder: Path) -> None:
+        """As the sticky bit of a shared home has it; said before anything else is."""
+        owner = folder.stat().st_uid
+        if os.geteuid() not in (0, owner, self.folder.stat().st_uid):
+            raise NotAllowed(f"model {name!r} is {_user(owner)}'s", "only its owner removes it")
+
     def _check_unused(self, name: str, folder: Path) -> None:
         users = self.call("kernel.users_of", path=str(folder))
+        # An engine that nobody uses any more is loaded still; else its guests are who to name. One
+        # of another user's keeps what it has, and its owner could not end it.
+        guests = [u for u in users if u["role"] != "engine"]
+        mine = _user(os.geteuid())
+        users = [u for u in users if u["role"] != "engine" or u["user"] == mine]
         if not users:
             return
-        # An engine that nobody uses any more is loaded still; else its guests are who to name.
-        guests = [u for u in users if u["role"] != "engine"]
         first = (guests or users)[0]
         more = f" and {len(guests) - 1} more" if len(guests) > 1 else ""
         end = f"kill {first['pid']}" if guests else f"unload {name}"
@@ -225,6 +236,13 @@ def _valid_name(name: str) -> str:
             "letters, digits, `.`, `_` and `-`, at most 128, not beginning with a dot",
         )
     return name
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
 
 
 def _is_model(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llmos.kernel.errors import BadArgument, BadInput, Busy, NoSuchThing
+from llmos.kernel.names import user_name
 from llmos.services.engine import weight_files
 from llmos.services.model.registry import ModelRegistry
 
@@ -169,7 +170,8 @@ def test_a_model_in_use_is_not_removed(
     registry: ModelRegistry, tmp_path: Path, users: list[dict[str, Any]]
 ) -> None:
     folder = write_model(tmp_path / "models" / "m")
-    engine = {"path": str(folder), "pid": 5, "program": "engine", "role": "engine"}
+    me = user_name(os.geteuid())
+    engine = {"path": str(folder), "pid": 5, "program": "engine", "role": "engine", "user": me}
     guest = {"path": str(folder), "pid": 6, "program": "chat", "role": "guest"}
     for found, said in (
         ([engine, guest], "process 6 (chat)"),
@@ -181,7 +183,7 @@ def test_a_model_in_use_is_not_removed(
             registry.rm("m")
         assert f"model 'm' is in use by {said}" in caught.value.message
     assert "llmos unload m" in caught.value.hint
-    users.clear()
+    users[:] = [{**engine, "user": "somebody else"}]
     assert registry.rm("m")["freed_bytes"] > 0
 
 
