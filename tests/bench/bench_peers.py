@@ -312,9 +312,10 @@ def main() -> None:
         for streams in args.streams:
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
             for seed in range(1, args.rounds + 1):
-                asked = texts.make(streams, args.prompt, seed * 1000 + streams)
-                for name, way in ways.items():
-                    rounds[name].append(summary(way(asked)))
+                for number, (name, way) in enumerate(ways.items()):
+                    # Prompts that nobody has seen: llmos would find the first way's in its cache.
+                    given = texts.make(streams, args.prompt, seed * 1000 + streams * 10 + number)
+                    rounds[name].append(summary(way(given)))
             print(f"\n{streams} streams, prompt {args.prompt}, {args.tokens} tokens, {args.dtype}")
             for name, found in rounds.items():
                 median = {k: statistics.median(r[k] for r in found) for k in found[0]}

@@ -30,7 +30,7 @@ WORDS = (
 )  # fmt: skip
 MADE = 8  # tokens of an answer
 MIB = 2**20
-LOOK_S = 4.0  # after so long the kernel has measured what has grown
+LOOK_S = 12.0  # after so long the kernel has measured what has grown
 
 
 @dataclass
