@@ -7,12 +7,15 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmos.shell import Client
 from llmos.shell.chatinput import PLACEHOLDER
 from llmos.shell.launch import wait_gone
 from support.machine import LIMIT_S, Machine
+from support.shared import shared
 from support.terminal import Terminal
 
 pytestmark = pytest.mark.slow
@@ -119,6 +122,27 @@ def test_a_chat_goes_on_when_its_kernel_dies(fresh: Machine) -> None:
         assert said(terminal) == 4
         terminal.type("\x04")
         assert terminal.ended() == 0
+
+
+@pytest.mark.long
+def test_what_a_chat_has_computed_outlives_its_engine(fresh: Machine) -> None:
+    model, text = str(shared("models/stories15M")), "once upon a time " * 20
+    fresh.ok("boot")
+    pid = int(fresh.ok("chat", model, *SHORT, "--keep-alive", "1s", "-d"))
+    with Client(fresh.home) as client:
+        stream = client.attach(pid)
+
+        def turn(prompt: str) -> dict[str, Any]:
+            client.send(pid, {"prompt": prompt})
+            return next(record for record in stream if record["kind"] == "turn")
+
+        before = turn(text)
+        (engine,) = (p["pid"] for p in client.ps() if p["role"] == "engine")
+        while client.process(engine)["reason"] != "unloaded":
+            pass
+        after = turn("and then")
+        assert before["prompt_tokens"] > 64
+        assert after["cached_tokens"] > 0.8 * before["prompt_tokens"]
 
 
 def test_run_reads_files_and_pipes_and_prints_json(llmos: Machine, tmp_path: Path) -> None:
