@@ -52,7 +52,8 @@ class Guests:
                 self._records.forget(m["pid"])
                 program.drop(self._worker, m["pid"])
             case "rank":
-                self._rows[m["pid"]] = m.get("row", b"")
+                if m["pid"] in self._here:  # else it has ended meanwhile
+                    self._rows[m["pid"]] = m.get("row", b"")
                 program.rank(self._worker, m["pid"], tuple(m["rank"]), m["parked"])
             case "input":
                 self._seen += 1
