@@ -107,7 +107,10 @@ class Conversation:
             return
         line.client.reconnect_s = 0.0  # nobody waits for a kernel to say goodbye to
         with contextlib.suppress(BadRequest):  # it has ended in the meantime
-            if line.client.process(self.pid)["reason"] != "input" or not self._leaves(line):
+            found = line.client.process(self.pid)
+            # Right after an answer it runs still; one that waits for memory could not hear.
+            hears = found["reason"] == "input" or found["state"] == "running"
+            if not (hears and self._leaves(line)):
                 line.client.kill(self.pid)
         self.drop()
 

@@ -179,7 +179,7 @@ class _Run:
         """What is answered already, by an earlier server too."""
         if self._found["output_file_id"] or self._found["error_file_id"]:
             return set()  # they are files by now, and the counts are right
-        succeeded, failed = lines.answered(self._outputs), lines.answered(self._errors)
+        succeeded, failed = set(lines.answered(self._outputs)), set(lines.answered(self._errors))
         self._found["request_counts"] |= {"completed": len(succeeded), "failed": len(failed)}
         return succeeded | failed
 

@@ -182,12 +182,13 @@ async def _some(running: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
 # ---- the file of the results ----
 
 
-def answered(path: Path) -> set[str]:
-    """Whose answers a file of results has. A torn last line is cut off: it is asked again.
+def answered(path: Path) -> dict[str, bool]:
+    """Whose answers a file of results has, and whether each is one that went well. A torn last line
+    is cut off: it is asked again.
 
     Raises BadInput for a file of something else.
     """
-    found, whole = set[str](), 0
+    found, whole = dict[str, bool](), 0
     try:
         file = path.open("r+b")
     except FileNotFoundError:
@@ -197,8 +198,10 @@ def answered(path: Path) -> set[str]:
             if not raw.endswith(b"\n"):
                 break  # a line is written with its end
             try:
-                found.add(str(json.loads(raw)["custom_id"]))
-            except (ValueError, KeyError, TypeError):
+                said = json.loads(raw)
+                status = (said.get("response") or {}).get("status_code", 200)
+                found[str(said["custom_id"])] = status == 200
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadInput(
                     f"{path}, line {number} is no answer of a batch",
                     "give another file for the results, or move that one away",

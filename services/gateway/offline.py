@@ -41,6 +41,7 @@ class Tally:
     def __init__(self, total: int, before: int, terminal: bool) -> None:
         self.total, self.done, self.before = total, before, before
         self.failed = self.damaged = self.tokens = 0
+        self.kept_failures = 0  # of those that failed: whose error is in the results
         self._began_s = time.monotonic()
         self._terminal = terminal
         self._shown_s = 0.0
@@ -54,11 +55,11 @@ class Tally:
     def said(self) -> str:
         seconds = max(1e-3, time.monotonic() - self._began_s)
         made = self.done - self.before
-        parts = [f"{self.done:,} of {self.total:,} done"]
+        parts = [f"{self.done - self.kept_failures:,} of {self.total:,} answered"]
         if self.failed:
             parts.append(f"{self.failed:,} failed")
         if self.damaged:
-            parts.append(f"{self.damaged:,} damaged lines")
+            parts.append(f"{self.damaged:,} damaged")
         if made:
             parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
         left = self.total - self.done - self.damaged
@@ -79,7 +80,7 @@ class Tally:
 
 
 class Batch:
-    def __init__(self, options: argparse.Namespace, results: TextIO, done: set[str]) -> None:
+    def __init__(self, options: argparse.Namespace, results: TextIO, done: dict[str, bool]) -> None:
         self._options = options
         self._results, self._done = results, done
         total = sum(1 for _ in lines.read(options.requests))
@@ -94,6 +95,9 @@ class Batch:
         finally:
             await kernel.close()
         self.tally.tell(self.tally.said())
+        if self.tally.kept_failures:
+            self.tally.tell(f"  {self._options.output} has what failed, and why; a line that is "
+                            "deleted there is asked again")  # fmt: skip
         return EXIT_FAILED if self.tally.failed or self.tally.damaged else 0
 
     def _left(self) -> Iterator[Line]:
@@ -105,8 +109,13 @@ class Batch:
             elif line.id in self._done:
                 self.tally.done += 1
                 self.tally.before += 1
+                self._count_failure(self._done[line.id])
             else:
                 yield line
+
+    def _count_failure(self, went_well: bool) -> None:
+        self.tally.failed += not went_well
+        self.tally.kept_failures += not went_well
 
     async def _ask(self, line: Line) -> None:
         body = line.body
@@ -121,7 +130,7 @@ class Batch:
             self.tally.tell(f"{self._options.requests}, line {line.number}: {exc.message}")
             return
         if told["response"]["status_code"] != 200:
-            self.tally.failed += 1
+            self._count_failure(False)
             message = told["response"]["body"]["error"]["message"]
             self.tally.tell(f"{self._options.requests}, line {line.number}: {message}")
         self._results.write(json.dumps(told, ensure_ascii=False) + "\n")

@@ -64,7 +64,7 @@ def test_both_kinds_of_lines_are_answered(served: Served, tmp_path: Path) -> Non
     out = tmp_path / "out.jsonl"
     done = served.machine("batch", str(requests), "-o", str(out), "--model", "tiny")
     assert done.returncode == 0, done.stderr
-    assert "3 of 3 done" in done.stderr
+    assert "3 of 3 answered" in done.stderr
     found = read(out)
     assert set(found) == {"n0", "line-3", "chat"}
     assert text_of(found["n0"]) == text_of(found["line-3"])
@@ -84,7 +84,10 @@ def test_damaged_lines_are_named_and_the_others_answered(served: Served, tmp_pat
     assert done.returncode == 1
     for number in (1, 3, 4, 5, 6):
         assert f"line {number}: " in done.stderr
-    assert "1 failed, 4 damaged lines" in done.stderr
+    assert "1 of 6 answered, 1 failed, 4 damaged" in done.stderr
+    again = served.machine("batch", str(requests), "-o", str(out))
+    assert again.returncode == 1, "what failed is not forgotten"
+    assert "1 of 6 answered, 1 failed, 4 damaged" in again.stderr
     found = read(out)
     assert {name: r["status_code"] for name, r in found.items()} == {"n1": 200, "n2": 400}
     assert found["n2"]["body"]["error"]["param"] == "temperature"
@@ -165,7 +168,7 @@ def test_progress_is_shown_on_a_terminal(served: Served, tmp_path: Path) -> None
         assert process.wait(LIMIT_S) == 0
     os.close(ours)
     assert b"\r\x1b[K" in said
-    assert b"3 of 3 done" in said
+    assert b"3 of 3 answered" in said
 
 
 def test_a_file_may_be_compressed(served: Served, tmp_path: Path) -> None:

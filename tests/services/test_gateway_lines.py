@@ -68,9 +68,9 @@ def test_a_file_is_read_to_its_end_whatever_is_in_it(tmp_path: Path, name: str) 
 
 def test_a_torn_last_answer_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    assert lines.answered(path) == set()
+    assert lines.answered(path) == {}
     path.write_text('{"custom_id": "a"}\n{"custom_id": "b"}\n{"custom_id": "c"}')
-    assert lines.answered(path) == {"a", "b"}
+    assert lines.answered(path) == {"a": True, "b": True}
     assert path.read_text() == '{"custom_id": "a"}\n{"custom_id": "b"}\n'
     path.write_text("a poem\n")
     with pytest.raises(BadInput, match="line 1"):
