@@ -104,7 +104,8 @@ def check_folder(ref: str | Path, weights: bool = True) -> None:
                 f"{ref} is a LoRA adapter, not a whole model",
                 "merge it into its model with peft (merge_and_unload), and name that",
             )
-        raise BadInput(f"{ref} is not a model folder: it has no config.json")
+        raise BadInput(f"{str(ref) or 'an empty name'} is not a model folder: it has no config.json",
+                       "give a name of `llmos models`, a folder, or a hub name")  # fmt: skip
 
 
 def check_weights(ref: str | Path) -> None:
