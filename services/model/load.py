@@ -104,8 +104,10 @@ def check_folder(ref: str | Path, weights: bool = True) -> None:
                 f"{ref} is a LoRA adapter, not a whole model",
                 "merge it into its model with peft (merge_and_unload), and name that",
             )
-        raise BadInput(f"{str(ref) or 'an empty name'} is not a model folder: it has no config.json",
-                       "give a name of `llmos models`, a folder, or a hub name")  # fmt: skip
+        raise BadInput(
+            f"{str(ref) or 'an empty name'} is not a model folder: it has no config.json",
+            "give a name of `llmos models`, a folder, or a hub name",
+        )
 
 
 def check_weights(ref: str | Path) -> None:
