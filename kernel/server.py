@@ -302,11 +302,12 @@ class Client(asyncio.Protocol):
             frame = pack(message)
         except ProtocolError as exc:  # an answer above the frame limit
             frame = pack({"id": message["id"], "error": exc.to_wire()})
-        if not self._outgoing and len(frame) < TOGETHER_BYTES:
+        waits = "item" in message and self._outgoing_bytes + len(frame) < TOGETHER_BYTES
+        if waits and not self._outgoing:
             asyncio.get_running_loop().call_soon(self._send)
         self._outgoing.append(frame)
         self._outgoing_bytes += len(frame)
-        if self._outgoing_bytes >= TOGETHER_BYTES:
+        if not waits:  # whoever waits for an answer waits for nothing else
             self._send()
 
     def _send(self) -> None:
