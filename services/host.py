@@ -250,11 +250,12 @@ class Host:
             error = NotAllowed(what, "each changes what is his own")
         except (Exception, SystemExit) as exc:  # noqa: BLE001  that is its caller's answer
             traceback.print_exc()
-            limit = f"{self._memory_bytes // MIB} MiB of memory"
-            if isinstance(exc, MemoryError) and self._is_full():
-                self.give_up(f"outgrew its limit of {limit}")
-            may = f" (the service may have {limit})" if isinstance(exc, MemoryError) else ""
-            why = f"raised {told(exc)}{may}"
+            why = f"raised {told(exc)}"
+            if isinstance(exc, MemoryError):
+                limit = f"{self._memory_bytes // MIB} MiB of memory"
+                if self._is_full():
+                    self.give_up(f"outgrew its limit of {limit}")
+                why += f" (the service may have {limit})"
             hint = f"`llmos service logs {self._name}` has the whole story"
             error = ServiceFailed(f"{name} {why}", hint)
         wire = {key: str(value)[:TOLD_CHARS] for key, value in error.to_wire().items()}

@@ -28,37 +28,31 @@ from llmos.shell.launch import boot, wait_gone
 
 SERVE = (sys.executable, "-P", "-m", "llmos.shell", "serve")
 
-CHOICE = """
-task: llmos_choice
+HEAD = """
+task: {task}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: "{data}"}}}}
 test_split: test
+"""
+CHOICE = """
 output_type: multiple_choice
-doc_to_text: "{{{{text}}}}\\nIt was"
+doc_to_text: "{{text}}\\nIt was"
 doc_to_choice: [" terrible", " great"]
 doc_to_target: label
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 PERPLEXITY = """
-task: llmos_perplexity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: byte_perplexity}}, {{metric: bits_per_byte}}]
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]
 """
 CHAT = """
-task: llmos_chat
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: "{data}"}}}}
-test_split: test
 output_type: generate_until
-doc_to_text: "{{{{context[:300]}}}}\\n{{{{question}}}}"
-doc_to_target: "{{{{context[:300]}}}}"
-generation_kwargs: {{until: ["\\n\\n"], max_gen_toks: 48, do_sample: false, temperature: 0.0}}
-metric_list: [{{metric: chrf}}]
+doc_to_text: "{{context[:300]}}\\n{{question}}"
+doc_to_target: "{{context[:300]}}"
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 48, do_sample: false, temperature: 0.0}
+metric_list: [{metric: chrf}]
 """
 
 
@@ -99,7 +93,9 @@ def main() -> None:
             made["llmos_chat"] = CHAT
         for task, text in made.items():
             data = args.chat if task == "llmos_chat" else args.data
-            (work / f"{task}.yaml").write_text(text.format(data=os.path.abspath(data)))
+            (work / f"{task}.yaml").write_text(
+                HEAD.format(task=task, data=os.path.abspath(data)) + text
+            )
         os.environ["LLMOS_HOME"] = str(home.path)
         kernel = int(boot(home)["kernel"]["os_pid"])
         same = True

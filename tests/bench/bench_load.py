@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_peers import Llmos
-from bench_serving import holders, private_bytes
+from bench_serving import engine_processes, private_bytes
 
 from llmos.shell import Client
 
@@ -86,11 +86,9 @@ class User(HttpUser):
 def sizes(llmos: Llmos) -> dict[str, tuple[int, int]]:
     """Private bytes and open descriptors, by part."""
     with Client(llmos.home.path) as client:
-        engines = [r["worker_id"] for r in client.ps() if r["role"] == "engine"]
-    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
-    inodes = {w[6] for w in lines if len(w) == 8 and any(f"{e}/sock" in w[7] for e in engines)}
+        engines = engine_processes(client)
     pids = {"kernel": llmos.kernel, "gateway": llmos.gateway}
-    pids |= {f"engine {n}": pid for n, pid in enumerate(sorted(holders(inodes)), 1)}
+    pids |= {f"engine {n}": pid for n, pid in enumerate(sorted(engines), 1)}
     return {
         name: (private_bytes(pid), len(os.listdir(f"/proc/{pid}/fd"))) for name, pid in pids.items()
     }

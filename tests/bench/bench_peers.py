@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_serving import Stamps, figures, holders, private_bytes
+from bench_serving import Stamps, engine_processes, figures, private_bytes
 
 from llmos.shell import AsyncClient, Client
 from llmos.shell.home import Home
@@ -158,13 +158,8 @@ class Llmos:
 
     def memory(self) -> str:
         with Client(self.home.path) as client:
-            engines = [r for r in client.ps() if r["role"] == "engine"]
-        inodes = {
-            words[6] for line in Path("/proc/net/unix").read_text().splitlines()
-            if len(words := line.split()) == 8
-            and any(words[7].endswith(f"{e['worker_id']}/sock") for e in engines)
-        }  # fmt: skip
-        parts = {"engine": max(map(private_bytes, holders(inodes))),
+            engines = engine_processes(client)
+        parts = {"engine": max(map(private_bytes, engines)),
                  "kernel": private_bytes(self.kernel),
                  "gateway": private_bytes(self.gateway)}  # fmt: skip
         return ", ".join(f"{name} {nbytes >> 20} MiB" for name, nbytes in parts.items())

@@ -140,13 +140,7 @@ class Served:
     def workers(self) -> set[int]:
         """The OS processes of the engine."""
         with Client(self.home.path) as client:
-            (engine,) = (r for r in client.ps() if r["role"] == "engine")
-        end = f"{engine['worker_id']}/sock"
-        inodes = {
-            words[6] for line in Path("/proc/net/unix").read_text().splitlines()
-            if len(words := line.split()) == 8 and words[7].endswith(end)
-        }  # fmt: skip
-        return holders(inodes)
+            return engine_processes(client)
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds so far of whoever has a part in an answer."""
@@ -172,6 +166,13 @@ class Served:
         with Client(self.home.path) as client:
             client.shutdown()
         wait_gone(kernel, 60)
+
+
+def engine_processes(client: Client) -> set[int]:
+    """The OS processes of all engines: who has a worker's socket open."""
+    ends = tuple(f"{r['worker_id']}/sock" for r in client.ps() if r["role"] == "engine")
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()]
+    return holders({w[6] for w in lines if len(w) == 8 and w[7].endswith(ends)})
 
 
 def holders(inodes: set[str]) -> set[int]:

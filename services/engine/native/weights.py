@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,9 @@ class Kernels:
             raise Unavailable("the compiler lays a structure out in another way than ctypes")
         bits = loaded.llmos_kinds()
         self.kinds = frozenset(name for name, number in KINDS.items() if bits >> number & 1)
-        self._unit = _typed(loaded.llmos_matrix_unit, [_I])
-        self._unit.restype = _L
-        self.has_unit = bool(self._unit(1))  # for bfloat16, beside AVX-512
+        self.use_unit = _typed(loaded.llmos_matrix_unit, [_I])
+        self.use_unit.restype = _L
+        self.has_unit = bool(self.use_unit(1))  # for bfloat16, beside AVX-512
         self.linear = _typed(loaded.llmos_linear, [_P, _P, _P, _L, _I, _I, _I])
         self.before = _typed(loaded.llmos_before, [*[_P] * 8, _L, _I, _I])
         self.after = _typed(loaded.llmos_after, [*[_P] * 5, _L, _I, _I])
@@ -86,15 +86,6 @@ class Kernels:
         self.norm = _typed(loaded.llmos_norm, [_P, _P, _D, _P, _L, _L, _I])
         self.rows = _typed(loaded.llmos_rows, [_P, _P, _P, _L, _I])
         self.rows.restype = _L
-
-    @contextmanager
-    def without_unit(self) -> Iterator[None]:
-        """Inside, a token's numbers are the same whatever is computed with it."""
-        self._unit(0)
-        try:
-            yield
-        finally:
-            self._unit(1)
 
 
 _state: dict[str, Kernels | str] = {}
@@ -115,8 +106,14 @@ def kernels() -> Kernels | None:
 def alone() -> Iterator[None]:
     """Inside, no product depends on how many tokens there are, whatever kernels are in use."""
     found = _state.get("found")
-    with found.without_unit() if isinstance(found, Kernels) else nullcontext():
+    if not isinstance(found, Kernels):
         yield
+        return
+    found.use_unit(0)
+    try:
+        yield
+    finally:
+        found.use_unit(1)
 
 
 def why_not() -> str:
